@@ -1,0 +1,93 @@
+"""The shared model: SmolLM2-135M-Instruct on onnxruntime, one engine for every lesson.
+
+    import models
+
+    with models.load() as model:                      # builds its files on first use
+        print(model.generate("Name a colour.").text)
+        for piece in model.stream([{"role": "user", "content": "Tell me a story."}]):
+            print(piece.text, end="", flush=True)
+
+Servers use the same model from asyncio, many answers at a time:
+
+    stream = model.submit(model.prompt("Hi"), models.Sampling(max_tokens=32))
+    async for piece in stream:
+        ...                                           # stream.cancel() at any time
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from models.errors import (
+    BuildError,
+    EngineClosed,
+    GrammarError,
+    ModelError,
+    PromptTooLong,
+)
+from models.sampling import Sampling
+
+if TYPE_CHECKING:
+    from models.engine import Piece, Snapshot, Token
+    from models.model import AsyncStream, Completion, Model
+
+__all__ = [
+    "AsyncStream",
+    "BuildError",
+    "Completion",
+    "EngineClosed",
+    "GrammarError",
+    "Model",
+    "ModelError",
+    "Piece",
+    "PromptTooLong",
+    "Sampling",
+    "Snapshot",
+    "Token",
+    "load",
+]
+
+ROWS = 32  # answers decoded at once
+CONTEXT = 2048  # tokens of prompt and answer together
+SHELF = 16  # prompts kept for the prefix cache
+
+
+def load(
+    device: str = "cpu",
+    *,
+    rows: int = ROWS,
+    context: int = CONTEXT,
+    threads: int | None = None,
+    shelf: int = SHELF,
+    graph: str | None = None,
+) -> Model:
+    """Open the model, building its files first if need be; use it as `with`.
+
+    Args:
+        device: "cpu", or "cuda" with onnxruntime-gpu installed.
+        rows: answers decoded at once. Each needs 46 KB of memory a token it holds.
+        context: tokens a prompt and its answer may have together, at most 8192.
+        threads: of onnxruntime; default: the CPUs this process may use.
+        shelf: prompts kept for reuse, of the same tenant only; 0 turns that off.
+        graph: the precision to build and run; default: int4 on cpu, float16 on cuda.
+
+    Raises:
+        BuildError: the files cannot be fetched, built or read; the message says why.
+        ModelError: the device or a number is wrong.
+    """
+    from models import model
+
+    return model.load(device, rows, context, threads, shelf, graph)
+
+
+def __getattr__(name: str):
+    # onnxruntime takes 0.1 s to import: only who uses it pays.
+    if name in ("Piece", "Snapshot", "Token"):
+        from models import engine
+
+        return getattr(engine, name)
+    if name in ("AsyncStream", "Completion", "Model"):
+        from models import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

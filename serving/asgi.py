@@ -1,0 +1,129 @@
+"""The outermost layer: a request id, a bound on the body, a measurement, a last resort.
+
+One plain ASGI callable of a few microseconds. (Starlette's BaseHTTPMiddleware costs a
+task and a hundred microseconds, and hides from the application that a client has left.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+from starlette.exceptions import HTTPException
+
+from serving.answers import error_body
+
+SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+LOG = logging.getLogger("serving")
+
+OnFinish = Callable[[str, str, int, float], None]  # route, method, status, seconds
+
+
+class Edge:
+    """What every request passes first and every answer last."""
+
+    def __init__(
+        self,
+        app: Any,
+        *,
+        max_body_bytes: int,
+        body_timeout_s: float,
+        on_finish: OnFinish,
+    ):
+        self.app, self.on_finish = app, on_finish
+        self.max_body_bytes, self.body_timeout_s = max_body_bytes, body_timeout_s
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        exchange = Exchange(scope, receive, send, self)
+        try:
+            await exchange.run()
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            seconds = time.perf_counter() - started
+            self.on_finish(route, scope["method"], exchange.status or 499, seconds)
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(self, scope: Any, receive: Any, send: Any, edge: Edge):
+        self.scope, self.edge = scope, edge
+        self._receive, self._send = receive, send
+        self.status = 0  # 0: nothing sent yet
+        self.body_bytes, self.body_whole = 0, False
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        self.id = given if SANE_ID.fullmatch(given) else uuid4().hex.encode()
+        self.declared = headers.get(b"content-length", b"0")
+        scope.setdefault("state", {})["request_id"] = self.id.decode()
+
+    async def run(self) -> None:
+        if self.declared.isdigit() and int(self.declared) > self.edge.max_body_bytes:
+            await self.refuse(413, too_large(self.edge.max_body_bytes))
+            return
+        try:
+            await self.edge.app(self.scope, self.receive, self.send)
+        except Exception:
+            LOG.exception("request %s failed", self.id.decode())
+            if self.status:
+                raise  # too late for an answer: let the server cut the connection
+            await self.refuse(500, "The server failed. Try again; tell us the id.")
+
+    async def receive(self) -> Any:
+        """Pass the body on until it is whole, too large or too slow."""
+        if self.body_whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self.edge.body_timeout_s):
+                message = await self._receive()
+        except TimeoutError:
+            raise HTTPException(
+                408, "The body came too slowly. Send it again."
+            ) from None
+        self.body_whole = not message.get("more_body", False)
+        self.body_bytes += len(message.get("body", b""))
+        if self.body_bytes > self.edge.max_body_bytes:
+            raise HTTPException(413, too_large(self.edge.max_body_bytes))
+        return message
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = list(message.get("headers", ()))
+            headers.append((b"x-request-id", self.id))
+            headers.append((b"x-content-type-options", b"nosniff"))
+            if not self.body_whole and self.status in (408, 413):
+                headers.append((b"connection", b"close"))  # do not read the rest
+            message = {**message, "headers": headers}
+        await self._send(message)
+
+    async def refuse(self, status: int, message: str) -> None:
+        """Answer without the application."""
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        code = {413: "body_too_large"}.get(status, "internal_error")
+        body = error_body(message, kind, code=code, request_id=self.id.decode())
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        await self.send(
+            {"type": "http.response.start", "status": status, "headers": headers}
+        )
+        await self.send({"type": "http.response.body", "body": body})
+
+
+def too_large(max_body_bytes: int) -> str:
+    """Say how large a body may be."""
+    return (
+        f"Expected a body of at most {max_body_bytes:,} bytes, found more. Send fewer "
+        "or shorter prompts."
+    )

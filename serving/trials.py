@@ -1,0 +1,231 @@
+"""What the lesson's demonstrations do to a server: ask, leave, poison, flood, knock."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from course import process
+from course.load import (
+    LoadReport,
+    poisson_arrivals,
+    run_closed_loop,
+    run_open_loop,
+    summarise,
+)
+from course.measure import Series
+from course.request import Outcome, client, post, stream_chat
+from models.sampling import Sampling
+
+if TYPE_CHECKING:
+    from models import Model
+
+NAME = "smollm2-135m-instruct"
+CHAT = "/v1/chat/completions"
+# The two tokens that end an answer. Without them it has exactly max_tokens tokens.
+FULL_LENGTH = {"0": -100, "2": -100}
+LENGTHS = [8, 16, 8, 64] * 4  # tokens of sixteen callers' answers
+STAGGER_S = 0.03  # from one caller to the next
+SLO_FIRST_TOKEN_S, SLO_GAP_S = 2.0, 0.25
+
+
+@contextlib.contextmanager
+def running_server(device: str, **environment: str) -> Iterator[str]:
+    """`model_api.py --serve` as a process of its own; gives its address."""
+    lesson = Path(__file__).parent.parent / "model_api.py"
+    port = process.free_port()
+    argv = [sys.executable, str(lesson), "--serve", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    variables = {"TTFT_TARGET_MS": "1000", "DRAIN_SECONDS": "0", **environment}
+    with process.child(
+        [*argv, "--device", device],
+        env=variables,
+        ready=f"{url}/health/ready",
+        deadline_s=300,
+    ):
+        yield url
+
+
+def small_talk(words: int, tokens: int) -> dict[str, Any]:
+    """A request of a known size, with a beginning that no cache has seen."""
+    text = f"{secrets.token_hex(4)} " + "and so on " * (words // 3)
+    return {
+        "model": NAME,
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": tokens,
+        "logit_bias": FULL_LENGTH,
+    }
+
+
+async def ask_alone(url: str, words: int, tokens: int, repeats: int) -> list[Outcome]:
+    """Send one request after the other."""
+    async with client() as http:
+        return [
+            await stream_chat(http, url + CHAT, small_talk(words, tokens))
+            for _ in range(repeats)
+        ]
+
+
+# ## Many callers, one model
+
+
+@dataclass(frozen=True)
+class Span:
+    """One caller's wait, in seconds from the start of the run."""
+
+    asked: float
+    first: float  # token
+    done: float
+
+
+async def burst(
+    model: Model, batcher: Callable[[Callable[..., Any]], Any] | None
+) -> list[Span]:
+    """Let all callers come within half a second, through a batcher or without one."""
+    start = time.perf_counter()
+
+    async def answer(tokens: int) -> float:
+        first, ids = 0.0, model.prompt(f"{secrets.token_hex(2)}: tell me more.")
+        bias = tuple((int(id), float(value)) for id, value in FULL_LENGTH.items())
+        async for _ in model.submit(ids, Sampling(max_tokens=tokens, logit_bias=bias)):
+            first = first or time.perf_counter() - start
+        return first
+
+    async def together(batch: Sequence[int]) -> list[float]:
+        return await asyncio.gather(*map(answer, batch))
+
+    waiting_room = batcher(together) if batcher else None
+    ask = waiting_room.submit if waiting_room else answer
+
+    async def caller(place: int) -> Span:
+        await asyncio.sleep(place * STAGGER_S)
+        asked = time.perf_counter() - start
+        first = await ask(LENGTHS[place])
+        return Span(asked, first, time.perf_counter() - start)
+
+    serving = asyncio.create_task(waiting_room.serve()) if waiting_room else None
+    try:
+        return await asyncio.gather(*map(caller, range(len(LENGTHS))))
+    finally:
+        if serving:
+            serving.cancel()
+
+
+def draw_spans(spans: dict[str, list[Span]], *panels: Any) -> None:
+    """One bar a caller: grey while it waits, blue while its answer grows."""
+    end = max(span.done for calls in spans.values() for span in calls)
+    for ax, (name, calls) in zip(panels, spans.items(), strict=True):
+        for place, span in enumerate(calls):
+            ax.barh(place, span.first - span.asked, left=span.asked, color="#bbbbbb")
+            ax.barh(place, span.done - span.first, left=span.first, color="#0072B2")
+        ax.set(title=name, xlabel="seconds", xlim=(0, end))
+        ax.grid(axis="y", visible=False)
+        ax.invert_yaxis()
+    panels[0].set_ylabel("caller")
+
+
+# ## Trouble
+
+BOMB = {"name": "x", "schema": {"type": "string", "pattern": "(a{1000}){1000}"}}
+POISON: dict[str, dict[str, Any]] = {
+    "a mistyped field": {"max_token": 5},
+    "10,000 stop strings": {"stop": ["x"] * 10_000},
+    "a prompt of 200,000 words": {
+        "messages": [{"role": "user", "content": "word " * 200_000}]
+    },
+    "a schema that explodes": {
+        "response_format": {"type": "json_schema", "json_schema": BOMB}
+    },
+}
+
+
+async def poison(url: str, fields: dict[str, Any]) -> tuple[int, float, str]:
+    """Status, milliseconds and message of a request nobody should send."""
+    async with client() as http:
+        told = await post(http, url + CHAT, {**small_talk(5, 5), **fields})
+    return told.status or 0, told.total_s * 1000, told.error or "none"
+
+
+async def leave(url: str) -> float:
+    """Hang up in the middle of a stream; seconds until no row is busy any more."""
+    async with client(url) as http:
+        body = {**small_talk(20, 400), "stream": True}
+        async with http.stream("POST", CHAT, json=body) as answer:
+            async for _ in answer.aiter_lines():
+                break
+        left = time.perf_counter()
+        while (await http.get("/health/ready")).json()["active"]:
+            await asyncio.sleep(0.001)
+        return time.perf_counter() - left
+
+
+async def overload(
+    url: str, seconds: float, loads: Sequence[int]
+) -> tuple[float, dict[int, tuple[LoadReport, float | None]]]:
+    """Find the capacity, then send it so many times over, whatever comes back.
+
+    Gives requests a second at best, and for each load its report and the median time
+    of a refusal in milliseconds.
+    """
+    async with client() as http:
+
+        def send(_: int) -> Awaitable[Outcome]:
+            return stream_chat(http, url + CHAT, small_talk(20, 16))
+
+        closed = await run_closed_loop(send, clients=16, requests=48)
+        best = summarise(closed, SLO_FIRST_TOKEN_S, SLO_GAP_S).requests_per_s
+        reports = {}
+        for load in loads:
+            arrivals = poisson_arrivals(load * best, seconds, seed=load)
+            told = await run_open_loop(send, arrivals)
+            refusals = [o.total_s * 1000 for o in told if o.refused]
+            report = summarise(told, SLO_FIRST_TOKEN_S, SLO_GAP_S)
+            reports[load] = report, Series(refusals).median if refusals else None
+        return best, reports
+
+
+# ## The door
+
+
+async def try_doors(url: str, key: str, admin: str) -> list[list[Any]]:
+    """Knock at each door once: what was tried, status, milliseconds, OWASP's name."""
+    tiny, mine, admins = small_talk(3, 1), f"Bearer {key}", f"Bearer {admin}"
+    wrong = mine[:-1] + ("a" if key[-1] != "a" else "b")
+    attempts = [
+        ("no key", CHAT, tiny, "", "API2 broken authentication"),
+        ("one letter wrong", CHAT, tiny, wrong, "API2 broken authentication"),
+        ("inference key, /metrics", "/metrics", None, mine, "API5 function level"),
+        ("admin key, inference", CHAT, tiny, admins, "API5 function level"),
+        ("an unknown field", CHAT, {**tiny, "role": 1}, mine, "API3 property level"),
+        ("over the budget", CHAT, small_talk(3, 1990), mine, "API4 consumption"),
+        ("the right key", CHAT, tiny, mine, ""),
+    ]
+    rows = []
+    async with client(url) as http:
+        for name, path, body, header, risk in attempts:
+            started = time.perf_counter()
+            headers = {"authorization": header} if header else {}
+            method = "POST" if body else "GET"
+            answer = await http.request(method, path, json=body, headers=headers)
+            taken_ms = (time.perf_counter() - started) * 1000
+            rows.append([name, answer.status_code, taken_ms, risk])
+    return rows
+
+
+async def rush(url: str, key: str, callers: int, tokens: int) -> list[Outcome]:
+    """Send many requests in one moment."""
+    headers = {"authorization": f"Bearer {key}"}
+    async with client(headers=headers) as http:
+        return await asyncio.gather(
+            *(
+                stream_chat(http, url + CHAT, small_talk(3, tokens))
+                for _ in range(callers)
+            )
+        )
