@@ -41,7 +41,7 @@ from starlette.exceptions import HTTPException
 from course import lesson
 from course.measure import Series
 from course.show import Table
-from models.errors import EngineClosed, GrammarError, PromptTooLong
+from models.errors import EngineClosed, GrammarError, ModelError, PromptTooLong
 from serving import (
     answers,
     contract,
@@ -50,8 +50,9 @@ from serving import (
     pages,
     plan,
     protocol,
-    server,
+    trials,
 )
+from serving import server as uvicorn_server
 from serving.asgi import Edge
 from serving.errors import ApiError, failed_answer
 from serving.generate import generate
@@ -110,14 +111,11 @@ def create_app(
 
 def add_routes(app: FastAPI) -> None:
     """The whole API as a table: path, answer, whose key opens it, function."""
-    work, read, health = contract.work, contract.read, contract.health
-    mine = "inference"
-    app.post("/v1/chat/completions", **work(answers.ChatCompletion, mine))(chat)
-    app.post("/v1/completions", **work(answers.TextCompletion, mine))(complete)
-    app.post("/v1/classify", **work(answers.Classification, mine, streams=False))(
-        classify
-    )
-    app.get("/v1/models", **read(answers.ModelList, mine))(list_models)
+    work, health, own = contract.work, contract.health, "inference"
+    app.post("/v1/chat/completions", **work(answers.ChatCompletion, own))(chat)
+    app.post("/v1/completions", **work(answers.TextCompletion, own))(complete)
+    app.post("/v1/classify", **work(answers.Classification, own))(classify)
+    app.get("/v1/models", **contract.read(answers.ModelList, own))(list_models)
     app.get("/health/startup", **health(answers.Health))(startup)
     app.get("/health/live", **health(answers.Health))(live)
     app.get("/health/ready", **health(answers.Ready))(ready)
@@ -131,7 +129,7 @@ async def chat(request: Request, body: protocol.ChatRequest) -> Response:
     """Answer a conversation."""
     service = service_of(request)
     model = service.served(body.model)
-    job = await plan.plan_chat(model, body, service.settings.max_answers)
+    job = await plan.plan_chat(model, body, service.settings)
     return Answer(request, job.most_tokens, partial(generate, service, job))
 
 
@@ -139,7 +137,7 @@ async def complete(request: Request, body: protocol.CompletionRequest) -> Respon
     """Continue a text, or many: a list of prompts is the batch form."""
     service = service_of(request)
     model = service.served(body.model)
-    job = await plan.plan_completion(model, body, service.settings.max_answers)
+    job = await plan.plan_completion(model, body, service.settings)
     return Answer(request, job.most_tokens, partial(generate, service, job))
 
 
@@ -147,7 +145,7 @@ async def classify(request: Request, body: protocol.ClassifyRequest) -> Response
     """Find the label that fits each text best: the plain `predict` of other models."""
     service = service_of(request)
     model = service.served(body.model)
-    job = await plan.plan_classification(model, body, service.settings.max_answers)
+    job = await plan.plan_classification(model, body, service.settings)
     return Answer(request, job.most_tokens, partial(job.run, model))
 
 
@@ -221,7 +219,7 @@ def demo_endpoints(run: lesson.Run) -> None:
     read_ms = (rows["long prompt"][3] - rows["short"][3]) / 600
     write_ms = rows["long answer"][4]
     run.conclude(
-        f"A word of prompt costs {read_ms:.1f} ms, a token of answer {write_ms:.1f} ms: "
+        f"A word of prompt costs {read_ms:.1f} ms, a token of answer {write_ms:.1f}: "
         f"{write_ms / read_ms:.0f} times as much. Bound both, count both."
     )
 
@@ -296,8 +294,8 @@ def demo_batching(run: lesson.Run) -> None:
     rows, spans = [], {}
     for name, batcher in ways.items():
         spans[name] = calls = asyncio.run(trials.burst(model, batcher))
-        first = Series([call.first - call.asked for call in calls])
-        whole = Series([call.done - call.asked for call in calls])
+        first = Series(tuple(call.first - call.asked for call in calls))
+        whole = Series(tuple(call.done - call.asked for call in calls))
         rate = sum(trials.LENGTHS) / max(call.done for call in calls)
         rows.append([name, rate, first.median, first.max, whole.median])
     columns = ["way", ("throughput", "tokens/s"), ("first token, median", "s")]
@@ -307,10 +305,10 @@ def demo_batching(run: lesson.Run) -> None:
     run.picture(draw, "batching", panels=3, size=(12, 4.5))
     single, dynamic, continuous = rows
     run.conclude(
-        f"Continuous batching wrote {continuous[1] / single[1]:.1f} times the tokens of "
-        f"one at a time and {continuous[1] / dynamic[1]:.1f} times those of dynamic "
-        f"batches; the median caller waited {dynamic[2] / continuous[2]:.1f} times less "
-        "for a first token than in dynamic batches."
+        f"In a second, continuous batching wrote {continuous[1] / single[1]:.1f} times "
+        f"the tokens of one at a time and {continuous[1] / dynamic[1]:.1f} times those "
+        f"of dynamic batches, where the median caller waited "
+        f"{dynamic[2] / continuous[2]:.1f} times as long for a first token."
     )
 
 
@@ -355,6 +353,8 @@ def explain(error: Exception) -> ApiError:
             return over_budget(error)
         case EngineClosed():
             return failed_answer("cancelled")
+        case ModelError():
+            return failed_answer("error")
     raise error
 
 
@@ -364,10 +364,7 @@ HTTP_ERRORS = {
     408: ("body_timeout", ""),
     413: ("body_too_large", ""),
 }
-EXPLAINED = (
-    *(ApiError, RequestValidationError, HTTPException),
-    *(PromptTooLong, GrammarError, EngineClosed, OverBudget),
-)
+EXPLAINED = (ApiError, RequestValidationError, HTTPException, ModelError, OverBudget)
 
 
 async def on_error(request: Request, error: Exception) -> Response:
@@ -461,9 +458,8 @@ def demo_errors(run: lesson.Run) -> None:
     """Leave, poison, overload, and see what it costs the server."""
     url = run.keep("server", partial(trials.running_server, run.device))
     run.predict("Leaving frees the row within a step; refusals take milliseconds.")
-    run.fact(
-        "from hanging up to a free row", asyncio.run(trials.leave(url)) * 1000, "ms"
-    )
+    freed_ms = asyncio.run(trials.leave(url)) * 1000
+    run.fact("from hanging up to a free row", freed_ms, "ms")
     poisoned = [
         [name, *asyncio.run(trials.poison(url, fields))]
         for name, fields in trials.POISON.items()
@@ -483,7 +479,7 @@ def demo_errors(run: lesson.Run) -> None:
     kept = rows[-1][5] / max(row[5] for row in rows)
     run.conclude(
         f"At four times what the server can do, {kept:.0%} of its best rate of answers "
-        f"in time remained: {rows[-1][3]} requests were refused before they cost it work."
+        f"in time remained; {rows[-1][3]} requests were refused before they cost work."
     )
 
 
@@ -567,9 +563,10 @@ DO_NOT_RETRY = {"x-should-retry": "false"}  # OpenAI's clients obey it
 def demo_keys(run: lesson.Run) -> None:
     """Try the door: without a key, with the wrong one, too often, all at once."""
     key, admin = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
-    limits = {"API_KEYS": f"{key},{admin}:admin", "TOKENS_PER_MINUTE": "2000"}
+    limits = {"TOKENS_PER_MINUTE": "2000", "TTFT_TARGET_MS": "60000"}
+    keys = {"API_KEYS": f"{key},{admin}:admin"}
     run.predict("Of fifty requests at once, only what the budget holds gets in.")
-    with trials.running_server(run.device, **limits) as url:
+    with trials.running_server(run.device, **limits, **keys) as url:
         rows = asyncio.run(trials.try_doors(url, key, admin))
         columns = ["attempt", "status", ("answered in", "ms"), "OWASP API risk (2023)"]
         run.table(Table("Who gets in", columns, rows))
@@ -577,7 +574,7 @@ def demo_keys(run: lesson.Run) -> None:
     spent = sum(outcome.tokens for outcome in told)
     run.conclude(
         f"Of 50 requests at once {sum(o.ok for o in told)} got in and wrote {spent} "
-        f"tokens, {sum(o.status == 429 for o in told)} were told to wait; the budget was "
+        f"tokens, {sum(o.status == 429 for o in told)} were told to wait. The budget: "
         "2,000 tokens a minute, prompts included."
     )
 
@@ -617,7 +614,8 @@ def serve(arguments: argparse.Namespace) -> int:
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         return 2
-    return server.serve(create_app(settings), host=arguments.host, port=arguments.port)
+    app = create_app(settings)
+    return uvicorn_server.serve(app, host=arguments.host, port=arguments.port)
 
 
 if __name__ == "__main__":

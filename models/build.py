@@ -21,7 +21,6 @@ from tempfile import TemporaryDirectory
 from models.errors import BuildError
 from models.weights import GGUF_SHA256, Report, Weights, digest, fetch_gguf
 
-
 NAME = "smollm2-135m-instruct"
 FORMAT = 1  # of the graph: raise it and every machine builds again
 NEEDED_BYTES = {"int4": 450e6, "float16": 700e6, "float32": 1_000e6}  # while building

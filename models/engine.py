@@ -177,9 +177,7 @@ class Engine:
         if sampling.grammar is not None:
             matcher = sampling.grammar.compile(self.tokenizer).matcher()
         sampler = Sampler(sampling, self.tokenizer.vocabulary, matcher)
-        job = Job(
-            ids, sampling, sampler, self.tokenizer, tenant, deadline_s, notify
-        )
+        job = Job(ids, sampling, sampler, self.tokenizer, tenant, deadline_s, notify)
         with self._work:
             if self._closing:
                 raise EngineClosed(
@@ -309,8 +307,10 @@ class Engine:
         if all(job.sampler.plain for job in jobs):
             draws = [Draw(id) for id in greedy(logits)]
         else:
-            draws = [self._draw(job, row) for job, row in zip(jobs, logits)]
-        for job, draw in zip(jobs, draws):
+            draws = [
+                self._draw(job, row) for job, row in zip(jobs, logits, strict=True)
+            ]
+        for job, draw in zip(jobs, draws, strict=True):
             if draw is not None:
                 self._accept(job, draw)
         taken = time.monotonic() - started
@@ -359,7 +359,11 @@ class Engine:
         best, shelved = (0, 0), None
         # At least two tokens stay to be computed: see the module's first lines.
         for row, ids, entry in (
-            *((row, other.ids, None) for row, other in known if other.tenant == job.tenant),
+            *(
+                (row, other.ids, None)
+                for row, other in known
+                if other.tenant == job.tenant
+            ),
             *((e.row, e.ids, e) for e in self._shelf if e.tenant == job.tenant),
         ):
             shared = min(_shared(ids, job.ids), len(job.ids) - 2)

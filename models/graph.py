@@ -84,7 +84,7 @@ def _layer(
     x = graph.linear(x, matrix("attn_output"))
     hidden, x = graph.norm(hidden, x, vector("ffn_norm"))
     x = graph.linear(x, matrix("ffn_gate", "ffn_up"))
-    gate, up = graph.add("Split", x, outputs=2, axis=-1, num_outputs=2)
+    gate, up = graph.add_many("Split", x, outputs=2, axis=-1, num_outputs=2)
     gate = graph.add("QuickGelu", gate, domain=CONTRIB, alpha=1.0)  # x * sigmoid(x)
     x = graph.linear(graph.add("Mul", gate, up), matrix("ffn_down"))
     return hidden, x
@@ -123,18 +123,23 @@ class _Graph:
             )
         return name
 
-    def add(self, operator: str, *inputs: str, outputs: int = 1, domain="", **settings):
-        """Append one node; returns the name of its output, or a list of names."""
+    def add(self, operator: str, *inputs: str, **settings) -> str:
+        """Append one node; returns the name of its output."""
+        return self.add_many(operator, *inputs, outputs=1, **settings)[0]
+
+    def add_many(
+        self, operator: str, *inputs: str, outputs: int, domain: str = "", **settings
+    ) -> list[str]:
+        """Append one node with several outputs; returns their names."""
         from onnx import helper
 
         label = f"{operator}_{len(self.nodes)}"
         names = [f"{label}_{place}" for place in range(outputs)]
-        self.nodes.append(
-            helper.make_node(
-                operator, inputs, names, name=label, domain=domain, **settings
-            )
+        node = helper.make_node(
+            operator, inputs, names, name=label, domain=domain, **settings
         )
-        return names[0] if outputs == 1 else names
+        self.nodes.append(node)
+        return names
 
     def embedding(self, table: Blocks) -> str:
         if self.precision != "int4":
@@ -143,7 +148,9 @@ class _Graph:
         # The same bytes serve the head, whose kernel wants them unsigned.
         codes, scale = self._embedding_codes(table)
         codes = self.add("Cast", self.add("Gather", codes, "ids"), to=1)  # float32
-        centred = self.add("Sub", codes, self.constant("128", np.float32(128)))
+        centred = self.add(
+            "Sub", codes, self.constant("128", np.array(128, np.float32))
+        )
         scale = self.add("Gather", scale, "ids")
         last = self.constant("last", np.array([-1]))
         scaled = self.add("Mul", centred, self.add("Unsqueeze", scale, last))
@@ -176,7 +183,7 @@ class _Graph:
                 axis=-1,
             )
             return hidden, x
-        x, _, _, total = self.add(
+        x, _, _, total = self.add_many(
             "SkipSimplifiedLayerNormalization",
             *(hidden, update, scale),
             outputs=4,
@@ -217,7 +224,7 @@ class _Graph:
             name = f"{kind}_{layer}"
             self.inputs.append(_value(f"past_{name}", self.float, shape))
             self.outputs.append(_value(name, self.float, shape))
-        x, *_ = self.add(
+        x, *_ = self.add_many(
             "GroupQueryAttention",
             *(x, "", "", f"past_key_{layer}", f"past_value_{layer}"),
             *("lengths", "longest", "cos", "sin"),
@@ -232,7 +239,7 @@ class _Graph:
         return x
 
     def head(self, x: str, table: Blocks) -> None:
-        """Logits, of the picked positions alone: 49,152 columns are a fifth of a step."""
+        """Logits of the picked positions alone: this matrix is a fifth of the model."""
         shape = self.constant("shape_flat", np.array([-1, HIDDEN]))
         x = self.add("Gather", self.add("Reshape", x, shape), "picked", axis=0)
         if self.precision != "int4":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import queue
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from models import build
 from models.engine import Engine, Job, Piece, Token
 from models.errors import ModelError
+from models.runtime import Runtime, usable_cores
 from models.sampling import Sampling
 from models.text import Tokenizer
 
@@ -309,13 +309,9 @@ class Model:
             for text in texts:
                 for ids, sampling in self._questions(text, labels):
                     streams.append(
-                        self.submit(
-                            ids, sampling, tenant=tenant, deadline_s=deadline_s
-                        )
+                        self.submit(ids, sampling, tenant=tenant, deadline_s=deadline_s)
                     )
-            scores = [
-                _score([piece async for piece in stream]) for stream in streams
-            ]
+            scores = [_score([piece async for piece in stream]) for stream in streams]
         finally:
             for stream in streams:
                 stream.cancel()
@@ -381,23 +377,25 @@ def load(
     precision: str | None,
 ) -> Model:
     """See `models.load`."""
-    if device not in ("cpu", "cuda"):
-        raise ModelError(
-            f'device: expected "cpu" or "cuda", found {device!r}; choose one of them'
-        )
+    files = build.ensure(precision or _runtime_kind(device).precision)
+    tokenizer = Tokenizer.load(files.tokenizer)
+    runtime = _runtime_kind(device)(
+        files.graph,
+        rows=rows + shelf,
+        context=context,
+        threads=threads or usable_cores(),
+    )
+    return Model(files, device, Engine(runtime, tokenizer, shelf))
+
+
+def _runtime_kind(device: str) -> type[Runtime]:
+    if device == "cpu":
+        return Runtime
     if device == "cuda":
         from models.cuda import CudaRuntime, check
 
         check()
-    from models.runtime import Runtime
-
-    files = build.ensure(precision or ("int4" if device == "cpu" else "float16"))
-    tokenizer = Tokenizer.load(files.tokenizer)
-    kind = Runtime if device == "cpu" else CudaRuntime
-    runtime = kind(
-        files.graph,
-        rows=rows + shelf,
-        context=context,
-        threads=threads or len(os.sched_getaffinity(0)),
+        return CudaRuntime
+    raise ModelError(
+        f'device: expected "cpu" or "cuda", found {device!r}; choose one of them'
     )
-    return Model(files, device, Engine(runtime, tokenizer, shelf))

@@ -5,14 +5,19 @@ The graph's "past" and "present" tensors are bound to the same memory, so attent
 appends to the cache without a copy, and a call may use any contiguous range of rows.
 A row holds one answer's tokens: 46 KB each in float32. The operating system gives the
 memory out when it is first written, not before.
+
+`Runtime` does this on the CPU; `models.cuda` overrides where the cache lies.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # onnxruntime 1.29 and later reports usage by default: it must be told before it loads.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -33,13 +38,15 @@ class _Call:
     lengths: np.ndarray  # [rows] int32
     longest: np.ndarray  # [] int32
     picked: np.ndarray  # [n] int64
-    logits: np.ndarray  # [n, vocabulary] float32
+    logits: np.ndarray  # [n, vocabulary] float32 or float16
 
 
 class Runtime:
     """The network and its cache on the CPU. Not safe to share between threads."""
 
     device = "cpu"
+    provider = "CPUExecutionProvider"
+    precision = "int4"  # the graph it runs unless told otherwise
 
     def __init__(self, graph: Path, *, rows: int, context: int, threads: int) -> None:
         if not 1 <= context <= MAX_CONTEXT:
@@ -53,15 +60,35 @@ class Runtime:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(
-            str(graph), options, providers=["CPUExecutionProvider"]
+            str(graph), options, providers=[self.provider]
         )
-        shape = (rows, KV_HEADS, context, HEAD_SIZE)
-        self._cache = {
-            f"{kind}_{layer}": np.zeros(shape, np.float32)
-            for layer in range(LAYERS)
-            for kind in ("key", "value")
-        }
+        types = {value.name: value.type for value in self._session.get_inputs()}
+        half = types["past_key_0"] == "tensor(float16)"
+        self._float = np.dtype(np.float16 if half else np.float32)
+        self._names = [
+            f"{kind}_{layer}" for layer in range(LAYERS) for kind in ("key", "value")
+        ]
+        self._row_shape = (KV_HEADS, context, HEAD_SIZE)
+        self._cache = [self._allocate((rows, *self._row_shape)) for _ in self._names]
         self._calls: dict[tuple[int, int, int, int], _Call] = {}
+
+    # What another device does differently.
+
+    def _allocate(self, shape: tuple[int, ...]) -> Any:
+        memory = mmap.mmap(-1, math.prod(shape) * self._float.itemsize)
+        # numpy would ask for huge pages. A new row's first token would then take 2 MB
+        # of each of the 60 buffers, and 32 short answers 4.5 GB instead of 0.4 GB.
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        return np.frombuffer(memory, self._float).reshape(shape)
+
+    def _address(self, buffer: Any, row: int) -> int:
+        return buffer[row:].ctypes.data
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens` tokens of one row over another row's."""
+        for cache in self._cache:
+            cache[target, :, :tokens] = cache[source, :, :tokens]
 
     def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
         """One token more for each of the rows 0, 1, …; returns logits [rows, 49152].
@@ -75,10 +102,10 @@ class Runtime:
         call.lengths[:] = lengths
         call.longest[...] = max(lengths) + 1
         self._session.run_with_iobinding(call.binding)
-        return call.logits
+        return self._numbers(call.logits)
 
     def prefill(
-        self, row: int, tokens: Sequence[int], start: int, last: bool
+        self, row: int, tokens: Sequence[int] | np.ndarray, start: int, last: bool
     ) -> np.ndarray | None:
         """Append a chunk of a prompt to `row`, which holds `start` tokens.
 
@@ -92,12 +119,7 @@ class Runtime:
         call.longest[...] = start + count
         call.picked[:] = count - 1
         self._session.run_with_iobinding(call.binding)
-        return call.logits[0] if last else None
-
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first `tokens` tokens of one row over another row's."""
-        for cache in self._cache.values():
-            cache[target, :, :tokens] = cache[source, :, :tokens]
+        return self._numbers(call.logits)[0] if last else None
 
     def every_logit(self, tokens: Sequence[int]) -> np.ndarray:
         """The logits [tokens, 49152] after each token of a text (in row 0)."""
@@ -108,7 +130,10 @@ class Runtime:
         call.longest[...] = count
         call.picked[:] = range(count)
         self._session.run_with_iobinding(call.binding)
-        return call.logits
+        return self._numbers(call.logits)
+
+    def _numbers(self, logits: np.ndarray) -> np.ndarray:
+        return logits.astype(np.float32, copy=False)
 
     def _call(self, row: int, rows: int, tokens: int, picked: int) -> _Call:
         key = (row, rows, tokens, picked)
@@ -122,23 +147,42 @@ class Runtime:
 
     def _bind(self, row: int, rows: int, tokens: int, picked: int) -> _Call:
         """Bind buffers by address: nothing is copied or allocated when it runs."""
-        call = _Call(
-            self._session.io_binding(),
-            np.zeros((rows, tokens), np.int64),
-            np.zeros(rows, np.int32),
-            np.zeros((), np.int32),
-            np.arange(picked, dtype=np.int64),
-            np.zeros((picked, VOCABULARY), np.float32),
-        )
-        for name in ("ids", "lengths", "longest", "picked"):
-            _bind_to(call.binding.bind_input, name, getattr(call, name))
-        _bind_to(call.binding.bind_output, "logits", call.logits)
-        for name, cache in self._cache.items():
-            part = cache[row : row + rows]
-            _bind_to(call.binding.bind_input, f"past_{name}", part)
-            _bind_to(call.binding.bind_output, name, part)
-        return call
+        binding = self._session.io_binding()
+        arrays = {
+            "ids": np.zeros((rows, tokens), np.int64),
+            "lengths": np.zeros(rows, np.int32),
+            "longest": np.zeros((), np.int32),
+            "picked": np.arange(picked, dtype=np.int64),
+            "logits": np.zeros((picked, VOCABULARY), self._float),
+        }
+        for name, array in arrays.items():
+            bind = binding.bind_output if name == "logits" else binding.bind_input
+            bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, buffer in zip(self._names, self._cache, strict=True):
+            place = (self.device, 0, self._float, (rows, *self._row_shape))
+            address = self._address(buffer, row)
+            binding.bind_input(f"past_{name}", *place, address)
+            binding.bind_output(name, *place, address)
+        return _Call(binding, **arrays)
 
 
-def _bind_to(bind, name: str, array: np.ndarray) -> None:
-    bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+def usable_cores(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Whole cores this process may use, at least one.
+
+    In a container with half a core `os.cpu_count()` still counts the machine's. Two
+    threads on that half core are throttled together and take twice as long as one.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    for quota_file, period_file in (
+        ("cpu.max", "cpu.max"),  # cgroup v2: "quota period" in one file
+        ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),  # cgroup v1
+    ):
+        try:
+            quota = (root / quota_file).read_text().split()[0]
+            period = (root / period_file).read_text().split()[-1]
+        except OSError:  # not this kind of cgroup, or not Linux
+            continue
+        if quota.isdigit():  # "max" and -1 mean no limit
+            cores = min(cores, int(quota) // int(period))
+    return max(1, cores)

@@ -61,8 +61,13 @@ class Gathered:
 
     def add(self, piece: Piece) -> None:
         self.text.append(piece.text)
-        self.tokens.extend(piece.tokens)
+        self.tokens.extend(spoken(piece.tokens))
         self.finish_reason = piece.finish_reason
+
+
+def spoken(tokens: Iterable[Token]) -> list[Token]:
+    """Without control tokens, like the one that ends an answer: they have no text."""
+    return [token for token in tokens if token.bytes]
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict:
@@ -164,8 +169,9 @@ class TextWriter(Writer):
         logprobs = "null"
         if self.logprobs:
             offset = self._offsets.get(index, 0)
-            logprobs = json.dumps(self._logprobs(offset, piece.tokens))
-            self._offsets[index] = offset + sum(len(t.text) for t in piece.tokens)
+            tokens = spoken(piece.tokens)
+            logprobs = json.dumps(self._logprobs(offset, tokens))
+            self._offsets[index] = offset + sum(len(t.text) for t in tokens)
         finish = _or_null(piece.finish_reason)
         return (
             f'{self._open}{index},"text":{quoted(piece.text)},"logprobs":{logprobs},'
@@ -216,7 +222,7 @@ class ChatWriter(Writer):
 
     def chunk(self, index: int, piece: Piece) -> bytes:
         delta = f'"content":{quoted(piece.text)}'
-        return self._event(index, delta, piece.tokens, piece.finish_reason)
+        return self._event(index, delta, spoken(piece.tokens), piece.finish_reason)
 
     def _event(
         self, index: int, delta: str, tokens: Sequence[Token], finish: str | None
@@ -335,7 +341,7 @@ class Usage(BaseModel):
     prompt_tokens_details: CachedTokens
 
 
-class Head(BaseModel):
+class Completed(BaseModel):
     id: str
     created: int
     model: str
@@ -367,7 +373,7 @@ class ChatChoice(BaseModel):
     finish_reason: Literal["stop", "length", "tool_calls"]
 
 
-class ChatCompletion(Head):
+class ChatCompletion(Completed):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
@@ -380,7 +386,7 @@ class TextChoice(BaseModel):
     finish_reason: Literal["stop", "length"]
 
 
-class TextCompletion(Head):
+class TextCompletion(Completed):
     object: Literal["text_completion"]
     choices: list[TextChoice]
     usage: Usage

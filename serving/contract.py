@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
 from pydantic import BaseModel
 
-from serving.answers import ErrorEnvelope
+from serving.answers import Completed, ErrorEnvelope
 
 ERRORS = {
     400: "Not JSON, too long for the model, or a form that cannot be guaranteed.",
@@ -31,10 +31,10 @@ ERRORS = {
 Options = dict[str, Any]  # of one route
 
 
-def work(answer: type[BaseModel], scope: str, *, streams: bool = True) -> Options:
-    """A route that costs something."""
+def work(answer: type[BaseModel], scope: str) -> Options:
+    """A route that costs something; completions can also stream."""
     ok: Options = {"model": answer, "description": "The answer."}
-    if streams:
+    if issubclass(answer, Completed):
         ok["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     return _keyed(scope, {200: ok, **_errors(*ERRORS)})
 

@@ -49,7 +49,7 @@ async def generate(
         service.metrics.generated(
             prompt=stream.prompt_tokens,
             completion=stream.completion_tokens,
-            first_s=stream.first_token_s,
+            first_s=stream.first_token_s or None,
             total_s=total_s,
         )
     return True
@@ -133,5 +133,5 @@ def _usage(plan: Plan, streams: Sequence[AsyncStream]) -> dict:
 def _spent(plan: Plan, streams: Sequence[AsyncStream]) -> int:
     """What is charged: what left the queue was read, what was written was written."""
     each = len(plan.samplings)
-    read = [s.prompt_tokens for s in streams[::each] if s.queued_s is not None]
+    read = [s.prompt_tokens for s in streams[::each] if s.queued_s]
     return sum(read) + sum(stream.completion_tokens for stream in streams)

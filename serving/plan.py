@@ -30,6 +30,7 @@ from serving.protocol import (
     JsonSchema,
     ToolChoice,
 )
+from serving.settings import Settings
 from serving.wire import Wire
 
 if TYPE_CHECKING:
@@ -71,9 +72,9 @@ class Plan:
         ]
 
 
-async def plan_chat(model: Model, body: ChatRequest, most_answers: int) -> Plan:
+async def plan_chat(model: Model, body: ChatRequest, settings: Settings) -> Plan:
     """Understand a conversation."""
-    check_answers(body.choices, most_answers)
+    check_answers(body.choices, settings.max_answers)
     messages = [message.plain() for message in body.messages]
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     if body.tool_choice == "none":
@@ -91,10 +92,10 @@ async def plan_chat(model: Model, body: ChatRequest, most_answers: int) -> Plan:
 
 
 async def plan_completion(
-    model: Model, body: CompletionRequest, most_answers: int
+    model: Model, body: CompletionRequest, settings: Settings
 ) -> Plan:
     """Understand one prompt or a batch of them; text is continued as it stands."""
-    check_answers(len(body.prompts) * body.choices, most_answers)
+    check_answers(len(body.prompts) * body.choices, settings.max_answers)
     prompts = await read_prompts(model, body.prompts)
     writer = _writer(TextWriter, model, body)
     return Plan(
@@ -105,8 +106,8 @@ async def plan_completion(
 def check_answers(answers: int, most: int) -> None:
     if answers > most:
         raise unusable(
-            f"Expected at most {most} answers in one request (prompts times n), found "
-            f"{answers}. Split the batch."
+            f"Expected at most {most} answers in one request (prompts times n, or "
+            f"texts times labels), found {answers}. Split the batch."
         )
 
 
@@ -118,6 +119,7 @@ class Classification:
     labels: list[str]
     model: str
     most_tokens: int
+    deadline_s: float
 
     async def run(
         self,
@@ -127,8 +129,13 @@ class Classification:
         headers: dict[str, str],
     ) -> bool:
         """Score all texts and send the result."""
-        tenant, reservation.used = reservation.tenant, self.most_tokens
-        scores = await model.classify_async(self.texts, self.labels, tenant=tenant)
+        reservation.used = self.most_tokens
+        scores = await model.classify_async(
+            self.texts,
+            self.labels,
+            tenant=reservation.tenant,
+            deadline_s=self.deadline_s,
+        )
         await wire.whole(self.write(scores), headers)
         return True
 
@@ -151,14 +158,15 @@ class Classification:
 
 
 async def plan_classification(
-    model: Model, body: ClassifyRequest, most_answers: int
+    model: Model, body: ClassifyRequest, settings: Settings
 ) -> Classification:
-    """Understand texts and labels; each text is read once and each label after it."""
-    check_answers(len(body.texts), most_answers)
+    """Understand texts and labels: each text is read once, each label after it."""
+    check_answers(len(body.texts) * len(body.labels), settings.max_answers)
     texts = sum(map(len, await read_prompts(model, body.texts)))
     labels = sum(map(len, await read_prompts(model, body.labels)))
     tokens = texts + labels * len(body.texts)
-    return Classification(body.texts, body.labels, model.name, tokens)
+    deadline_s = settings.request_timeout_s
+    return Classification(body.texts, body.labels, model.name, tokens, deadline_s)
 
 
 async def read_prompts(

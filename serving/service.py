@@ -54,8 +54,8 @@ class Service:
     def served(self, name: str | None = None) -> Model:
         """The loaded model, if it is the one asked for."""
         if self.model is None:
-            text = "The model is loading. Retry in a moment."
-            raise ApiError(503, text, "loading", headers={"retry-after": "2"})
+            text = self.failure or "The model is loading. Retry in a moment."
+            raise ApiError(503, text, self.state, headers={"retry-after": "2"})
         if name not in (None, self.model.name):
             text = f"Expected model {self.model.name!r}, found {name[:80]!r}."
             raise ApiError(404, text, "model_not_found", param="model")

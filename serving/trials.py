@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from course import process
@@ -20,7 +21,6 @@ from course.load import (
     run_open_loop,
     summarise,
 )
-from course.measure import Series
 from course.request import Outcome, client, post, stream_chat
 from models.sampling import Sampling
 
@@ -133,7 +133,7 @@ def draw_spans(spans: dict[str, list[Span]], *panels: Any) -> None:
 
 # ## Trouble
 
-BOMB = {"name": "x", "schema": {"type": "string", "pattern": "(a{1000}){1000}"}}
+BOMB = {"name": "x", "schema": {"type": "string", "pattern": "^(a{1000}){1000}$"}}
 POISON: dict[str, dict[str, Any]] = {
     "a mistyped field": {"max_token": 5},
     "10,000 stop strings": {"stop": ["x"] * 10_000},
@@ -187,7 +187,7 @@ async def overload(
             told = await run_open_loop(send, arrivals)
             refusals = [o.total_s * 1000 for o in told if o.refused]
             report = summarise(told, SLO_FIRST_TOKEN_S, SLO_GAP_S)
-            reports[load] = report, Series(refusals).median if refusals else None
+            reports[load] = report, median(refusals) if refusals else None
         return best, reports
 
 

@@ -35,7 +35,7 @@ COLOUR = [{"role": "user", "content": "Name three colours."}]
 @functools.cache
 def model() -> Any:
     """Load the model once for all tests of this process."""
-    return models.load(rows=8, context=1024, progress=False)
+    return models.load(rows=8, context=1024)
 
 
 def app(**settings: Any) -> FastAPI:

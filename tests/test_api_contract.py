@@ -19,6 +19,9 @@ config = schemathesis.Config.from_dict(
     {"auth": {"openapi": {"key": {"bearer": EVERYTHING}}}}
 )
 document = create_app(Settings()).openapi()
+for shape in ("ChatRequest", "CompletionRequest", "ClassifyRequest"):
+    # Or nearly every request would end at "no such model".
+    document["components"]["schemas"][shape]["properties"]["model"] = {"const": NAME}
 schema = schemathesis.openapi.from_dict(document, config=config)
 
 
@@ -40,9 +43,7 @@ def address():
 def test_the_document_tells_the_truth(case, address):
     """Whatever is sent, the answer is one of those the document promises."""
     body = case.body
-    if isinstance(body, dict):  # the real model, and answers of a few tokens
-        if isinstance(body.get("model"), str):
-            body["model"] = NAME
+    if isinstance(body, dict) and "classify" not in case.path:  # short answers do
         if isinstance(body.get("max_tokens"), int) and body["max_tokens"] > 4:
             body["max_tokens"] = 4
         body.setdefault("max_tokens", 4)

@@ -13,10 +13,10 @@ from starlette.exceptions import HTTPException
 import model_api
 from serving import protocol, settings
 from serving.asgi import Edge
-from serving.errors import ApiError
+from serving.errors import ApiError, failed_answer
 from serving.idempotency import Ledger
 from serving.limits import WINDOW_S, Budgets, OverBudget, Window
-from serving.wire import ClientLeft
+from serving.wire import ClientLeft, Wire
 from tests.api_fixtures import run
 
 # ## Settings and keys
@@ -82,6 +82,12 @@ def test_serving_everyone_by_accident_is_refused(capsys):
 
 
 # ## Budgets
+
+
+@pytest.fixture(autouse=True)
+def one_minute(monkeypatch):
+    """The wall clock stands still: no minute ends in the middle of a test."""
+    monkeypatch.setattr(time, "time", lambda: 1_800_000_001.0)
 
 
 def budgets(requests: int, tokens: int) -> Budgets:
@@ -452,6 +458,40 @@ def test_work_that_finishes_or_fails_is_passed_on():
             await model_api.unless_client_leaves(receive, broken())
 
     run(work)
+
+
+def test_a_client_that_stops_reading_loses_its_answer():
+    async def work():
+        async def send(message):
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()  # as a full socket would
+
+        wire = Wire(send, 0.05, "id", None)
+        with pytest.raises(ClientLeft, match="stopped reading"):
+            await wire.piece(b"data: x", {})
+
+    run(work)
+
+
+def test_a_stream_that_breaks_ends_in_an_error_and_without_done():
+    sent = []
+
+    async def work():
+        async def send(message):
+            sent.append(message)
+
+        wire = Wire(send, 1.0, "id-1", None)
+        await wire.piece(b"data: x", {"x-a": "b"})
+        await wire.broken(failed_answer("error"))
+
+    run(work)
+    start, piece, last = sent
+    assert (b"x-a", b"b") in start["headers"]
+    assert piece["more_body"]
+    assert not last["more_body"]
+    event = json.loads(last["body"].removeprefix(b"data: "))
+    assert event["error"]["request_id"] == "id-1"
+    assert b"[DONE]" not in last["body"]
 
 
 def test_the_batcher_fills_batches_and_keeps_results_apart():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import openai
 import pytest
 from pydantic import BaseModel
@@ -54,7 +56,7 @@ def test_chat_streams(client):
 
 def test_the_streaming_helper(client):
     with client.chat.completions.stream(
-        model=NAME, messages=COLOUR, max_tokens=8
+        model=NAME, messages=COLOUR, stop=" "
     ) as stream:
         kinds = {event.type for event in stream}
         final = stream.get_final_completion()
@@ -63,7 +65,7 @@ def test_the_streaming_helper(client):
 
 
 class Colour(BaseModel):
-    name: str
+    name: Literal["red", "blue"]
     warm: bool
 
 
