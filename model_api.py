@@ -40,25 +40,17 @@ from starlette.exceptions import HTTPException
 
 from course import lesson
 from course.measure import Series
-from course.show import Table
 from models.errors import EngineClosed, GrammarError, ModelError, PromptTooLong
-from serving import (
-    answers,
-    contract,
-    idempotency,
-    metrics,
-    pages,
-    plan,
-    protocol,
-    trials,
-)
-from serving import server as uvicorn_server
+from serving import answers, contract, pages, protocol, server, trials
 from serving.asgi import Edge
-from serving.errors import ApiError, failed_answer
+from serving.errors import ApiError, failed_answer, http_error, invalid_request
 from serving.generate import generate
+from serving.idempotency import remembered
 from serving.limits import OverBudget, Reservation
+from serving.metrics import CONTENT_TYPE
+from serving.plan import plan_chat, plan_classification, plan_completion
 from serving.service import Service
-from serving.settings import ConfigurationError, Settings, check_exposure, load
+from serving.settings import ConfigurationError, Settings, is_loopback, load
 from serving.wire import ClientLeft, Wire
 
 if TYPE_CHECKING:
@@ -120,7 +112,7 @@ def add_routes(app: FastAPI) -> None:
     app.get("/health/live", **health(answers.Health))(live)
     app.get("/health/ready", **health(answers.Ready))(ready)
     app.get("/health/progress", **health(answers.Health))(progress)
-    app.get("/metrics", **contract.text(metrics.CONTENT_TYPE, "admin"))(scrape)
+    app.get("/metrics", **contract.text(CONTENT_TYPE, "admin"))(scrape)
     app.get("/", include_in_schema=False)(pages.chat)
     app.get("/docs", include_in_schema=False)(pages.docs)
 
@@ -129,7 +121,7 @@ async def chat(request: Request, body: protocol.ChatRequest) -> Response:
     """Answer a conversation."""
     service = service_of(request)
     model = service.served(body.model)
-    job = await plan.plan_chat(model, body, service.settings)
+    job = await plan_chat(model, body, service.settings)
     return Answer(request, job.most_tokens, partial(generate, service, job))
 
 
@@ -137,7 +129,7 @@ async def complete(request: Request, body: protocol.CompletionRequest) -> Respon
     """Continue a text, or many: a list of prompts is the batch form."""
     service = service_of(request)
     model = service.served(body.model)
-    job = await plan.plan_completion(model, body, service.settings)
+    job = await plan_completion(model, body, service.settings)
     return Answer(request, job.most_tokens, partial(generate, service, job))
 
 
@@ -145,7 +137,7 @@ async def classify(request: Request, body: protocol.ClassifyRequest) -> Response
     """Find the label that fits each text best: the plain `predict` of other models."""
     service = service_of(request)
     model = service.served(body.model)
-    job = await plan.plan_classification(model, body, service.settings)
+    job = await plan_classification(model, body, service.settings)
     return Answer(request, job.most_tokens, partial(job.run, model))
 
 
@@ -184,7 +176,7 @@ async def progress(request: Request) -> Response:
 async def scrape(request: Request) -> Response:
     """Show Prometheus the metrics."""
     text = service_of(request).metrics.render()
-    return Response(text, media_type=metrics.CONTENT_TYPE)
+    return Response(text, media_type=CONTENT_TYPE)
 
 
 def healthy(good: bool, status: str) -> Response:
@@ -212,10 +204,7 @@ def demo_endpoints(run: lesson.Run) -> None:
         times = [(o.first_token_s, o.time_per_token_s, o.total_s) for o in told]
         medians = [Series(column).median * 1000 for column in zip(*times, strict=True)]
         rows[name] = [name, words, tokens, *medians]
-    columns = ["request", ("prompt", "words"), ("answer", "tokens")]
-    columns += [("first token", "ms"), ("per token", "ms"), ("total", "ms")]
-    title = f"One request, alone (median, n = {repeats})"
-    run.table(Table(title, columns, list(rows.values())))
+    run.table(trials.cost_table(list(rows.values()), repeats))
     read_ms = (rows["long prompt"][3] - rows["short"][3]) / 600
     write_ms = rows["long answer"][4]
     run.conclude(
@@ -298,9 +287,7 @@ def demo_batching(run: lesson.Run) -> None:
         whole = Series(tuple(call.done - call.asked for call in calls))
         rate = sum(trials.LENGTHS) / max(call.done for call in calls)
         rows.append([name, rate, first.median, first.max, whole.median])
-    columns = ["way", ("throughput", "tokens/s"), ("first token, median", "s")]
-    columns += [("first token, worst", "s"), ("whole answer, median", "s")]
-    run.table(Table("Sixteen callers, answers of 8 to 64 tokens", columns, rows))
+    run.table(trials.sharing_table(rows))
     draw = partial(trials.draw_spans, spans)
     run.picture(draw, "batching", panels=3, size=(12, 4.5))
     single, dynamic, continuous = rows
@@ -337,14 +324,9 @@ def explain(error: Exception) -> ApiError:
         case ApiError():
             return error
         case RequestValidationError():
-            message, param = protocol.explain(list(error.errors()))
-            broken = error.errors()[0]["type"] == "json_invalid"
-            code = "invalid_json" if broken else "invalid_value"
-            return ApiError(400 if broken else 422, message, code, param=param)
-        case HTTPException(status_code=status):
-            code, message = HTTP_ERRORS.get(status, (None, error.detail))
-            headers = dict(error.headers or {})
-            return ApiError(status, message or error.detail, code, headers=headers)
+            return invalid_request(error)
+        case HTTPException():
+            return http_error(error)
         case PromptTooLong():
             return ApiError(400, str(error), "context_length_exceeded")
         case GrammarError():
@@ -358,12 +340,6 @@ def explain(error: Exception) -> ApiError:
     raise error
 
 
-HTTP_ERRORS = {
-    404: ("not_found", "There is nothing at this path. The paths are listed at /docs."),
-    405: ("method_not_allowed", "Expected another method: Allow says which."),
-    408: ("body_timeout", ""),
-    413: ("body_too_large", ""),
-}
 EXPLAINED = (ApiError, RequestValidationError, HTTPException, ModelError, OverBudget)
 
 
@@ -423,7 +399,7 @@ class Answer(Response):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Replay, or work until done or until nobody listens."""
         service, request = self.service, self.request
-        entry = await idempotency.opened(service.ledger, request, self.tenant)
+        entry = await remembered(service.ledger, request, self.tenant)
         timeout_s = service.settings.send_timeout_s
         wire = Wire(send, timeout_s, request.state.request_id, entry)
         if entry and entry.done:
@@ -464,18 +440,14 @@ def demo_errors(run: lesson.Run) -> None:
         [name, *asyncio.run(trials.poison(url, fields))]
         for name, fields in trials.POISON.items()
     ]
-    columns = ["request", "status", ("answered in", "ms"), "message"]
-    run.table(Table("Poisoned requests", columns, poisoned))
+    run.table(trials.poison_table(poisoned))
     seconds = 3.0 if run.quick else 6.0
     best, told = asyncio.run(trials.overload(url, seconds, loads=(1, 2, 4)))
     rows = [
         [f"{load}x", r.requests, r.ok, r.refused, r.failed, r.goodput_per_s, refusal_ms]
         for load, (r, refusal_ms) in told.items()
     ]
-    columns = ["load", "sent", "answered", "refused", "failed"]
-    columns += [("in time", "1/s"), ("refusal, median", "ms")]
-    title = f"Load as it comes, in multiples of {best:.1f} requests/s"
-    run.table(Table(title, columns, rows))
+    run.table(trials.overload_table(rows, best))
     kept = rows[-1][5] / max(row[5] for row in rows)
     run.conclude(
         f"At four times what the server can do, {kept:.0%} of its best rate of answers "
@@ -506,8 +478,10 @@ def authenticate(request: Request, scope: str) -> str:
     apart.
     """
     keys = service_of(request).keys
-    if not keys:  # a loopback server, or ALLOW_ANONYMOUS=1: see check_exposure
+    if not keys:  # on loopback, or with ALLOW_ANONYMOUS=1: see check_exposure
         host = request.client.host if request.client else "unknown"
+        if scope == "admin" and not is_loopback(host):
+            raise ApiError(403, "Without keys, only this machine may.", "no_keys")
         return f"anonymous-{host}"
     kind, _, secret = request.headers.get("authorization", "").partition(" ")
     digest = hashlib.sha256(secret.strip().encode()).digest()
@@ -567,9 +541,7 @@ def demo_keys(run: lesson.Run) -> None:
     keys = {"API_KEYS": f"{key},{admin}:admin"}
     run.predict("Of fifty requests at once, only what the budget holds gets in.")
     with trials.running_server(run.device, **limits, **keys) as url:
-        rows = asyncio.run(trials.try_doors(url, key, admin))
-        columns = ["attempt", "status", ("answered in", "ms"), "OWASP API risk (2023)"]
-        run.table(Table("Who gets in", columns, rows))
+        run.table(asyncio.run(trials.try_doors(url, key, admin)))
         told = asyncio.run(trials.rush(url, key, callers=50, tokens=40))
     spent = sum(outcome.tokens for outcome in told)
     run.conclude(
@@ -610,12 +582,15 @@ def serve(arguments: argparse.Namespace) -> int:
     """Serve until a signal comes; refuse to serve everyone by accident."""
     try:
         settings = load(**({"device": "cuda"} if arguments.device == "cuda" else {}))
-        check_exposure(settings, arguments.host)
+        settings.check_exposure(arguments.host)
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         return 2
+    if not settings.keys():
+        notice = "Serving without API keys: whoever reaches this address may use it."
+        print(notice, flush=True)
     app = create_app(settings)
-    return uvicorn_server.serve(app, host=arguments.host, port=arguments.port)
+    return server.serve(app, host=arguments.host, port=arguments.port)
 
 
 if __name__ == "__main__":

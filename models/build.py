@@ -18,13 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from models.errors import BuildError
+from models.errors import BuildError, ModelError
 from models.weights import GGUF_SHA256, Report, Weights, digest, fetch_gguf
 
 NAME = "smollm2-135m-instruct"
+WORKSHOP = ".building-"  # how the folder of an unfinished build is called
 FORMAT = 1  # of the graph: raise it and every machine builds again
+REFUSALS = tuple(
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EACCES EPERM EROFS ENOTDIR EEXIST".split()
+)
 NEEDED_BYTES = {"int4": 450e6, "float16": 700e6, "float32": 1_000e6}  # while building
-REBUILD = "python -m models --rebuild"
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ def ensure(
     precision: str = "int4", *, rebuild: bool = False, report: Report | None = None
 ) -> Files:
     """The model's files, built first if they are missing. Takes 10 to 60 s then."""
+    if precision not in NEEDED_BYTES:
+        raise ModelError(
+            f"graph: expected one of {', '.join(NEEDED_BYTES)}, found {precision!r}; "
+            "choose one of them"
+        )
     folder = model_folder()
     if not rebuild and (files := find(folder, precision)):
         return files
@@ -53,6 +62,8 @@ def ensure(
         # Another process may have built it while this one waited.
         if not rebuild and (files := find(folder, precision)):
             return files
+        for leftover in folder.glob(f"{WORKSHOP}*"):  # of a build that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         _check_space(folder, precision)
         with _progress(report) as report:
             _build(folder, precision, report)
@@ -69,7 +80,7 @@ def find(folder: Path, precision: str) -> Files | None:
     """
     try:
         record = json.loads(_record(folder, precision).read_text())
-        expected = {name: record["files"][name] for name in record["files"]}
+        expected = {name: record["files"][name] for name in _names(precision)}
         current = record["format"] == FORMAT and record["source"] == GGUF_SHA256
     except FileNotFoundError:
         return None
@@ -77,7 +88,7 @@ def find(folder: Path, precision: str) -> Files | None:
         path = _record(folder, precision)
         raise BuildError(
             f"{path}: expected the record of a build, found {error!r}; "
-            f"build again: {REBUILD}"
+            f"build again: {_command(precision)}"
         ) from error
     if not current:
         return None
@@ -87,10 +98,15 @@ def find(folder: Path, precision: str) -> Files | None:
         if digest(folder / name) != sha256:
             raise BuildError(
                 f"{folder / name}: expected SHA-256 {sha256[:12]}…, found other "
-                f"contents: the file is damaged; build again: {REBUILD}"
+                f"contents: the file is damaged; build again: {_command(precision)}"
             )
-    graph, tokenizer = _names(precision)
+    graph, tokenizer = expected
     return Files(folder / graph, folder / tokenizer, precision, expected[graph][:12])
+
+
+def _command(precision: str) -> str:
+    which = "" if precision == "int4" else f" --precision {precision}"
+    return f"python -m models --rebuild{which}"
 
 
 def _names(precision: str) -> tuple[str, str]:
@@ -105,7 +121,7 @@ def _build(folder: Path, precision: str, report: Report) -> None:
     from models.text import Tokenizer
 
     graph, tokenizer = _names(precision)
-    with TemporaryDirectory(prefix=".building-", dir=folder) as temporary:
+    with TemporaryDirectory(prefix=WORKSHOP, dir=folder) as temporary:
         inside = Path(temporary)
         weights = Weights(fetch_gguf(inside, report))
         report("building the graph", 0, 3)
@@ -147,11 +163,11 @@ def _writable(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in REFUSALS:
             raise
         raise BuildError(
             f"{folder}: expected to write the model's files here, found: "
-            f"{error.strerror}; free some space, or name another folder with MODEL_DIR"
+            f"{os.strerror(error.errno)}; free some space, or name another folder with MODEL_DIR"
         ) from error
 
 

@@ -8,8 +8,9 @@ One thread owns onnxruntime and repeats one step:
 
 Decode and prefill never share a call. That keeps an answer's numbers bitwise the same
 whoever shares the batch, because onnxruntime's kernels treat each row alike at sequence
-length 1, and each position alike at lengths of 2 and more, but not across the two. So
-no prompt is ever prefilled by a chunk of one token, except a prompt of one token.
+length 1, and each position alike at lengths of 2 and more, but not across the two. A
+chunk's attention goes by tiles of 128 positions, so this holds for its last tile too:
+`chunk_size` never leaves a position alone, except in a prompt of one token.
 
 Answers in progress hold the rows 0..n-1 of the cache. Behind the rows for answers is a
 shelf: rows that keep the prompts of finished answers. A new prompt of the same tenant
@@ -35,6 +36,7 @@ from models.text import Detokenizer, Tokenizer
 
 CHUNK = 128  # prompt tokens a step while answers are in progress: about 80 ms
 ALONE = 512  # prompt tokens a step while nobody waits for a token
+TILE = 128  # positions that onnxruntime's attention computes together
 SHORTEST_HIT = 16  # tokens; copying fewer saves nothing
 SMOOTHING = 0.1  # weight of the newest measurement in a running mean
 
@@ -100,6 +102,7 @@ class Job:
         self.pending: deque[Piece] = deque()
         self.cancelled = False
         self.finish_reason: str | None = None
+        self.complete = False  # whether the last piece is in `pending`, or was taken
         self.error: str | None = None
         self.queued_s = self.first_token_s = 0.0
         self.cached = 0  # prompt tokens copied from another answer's
@@ -165,6 +168,7 @@ class Engine:
 
         Raises:
             PromptTooLong: the prompt leaves no room for a token of answer.
+            ValueError: a token id is not in the vocabulary.
             GrammarError: the grammar cannot be compiled.
             EngineClosed: the engine is closed or broken.
         """
@@ -172,6 +176,12 @@ class Engine:
             raise PromptTooLong(
                 f"prompt: expected 1 to {self.context - 1} tokens, found {len(ids)}; "
                 "shorten it"
+            )
+        # One wrong id would fail the whole step, and with it every other answer.
+        if not 0 <= min(ids) <= max(ids) < self.tokenizer.vocabulary:
+            raise ValueError(
+                f"prompt: expected token ids 0 to {self.tokenizer.vocabulary - 1}, "
+                f"found {min(ids)} to {max(ids)}; use ids that the tokenizer made"
             )
         matcher = None
         if sampling.grammar is not None:
@@ -292,7 +302,9 @@ class Engine:
     def _drop(self) -> None:
         """End what its client gave up, or what is too late."""
         now = time.monotonic()
-        for job in list(self._jobs()):
+        with self._work:  # others append to the queue meanwhile
+            jobs = list(self._jobs())
+        for job in jobs:
             if job.cancelled:
                 self._end(job, "cancelled")
             elif job.deadline is not None and now >= job.deadline:
@@ -333,10 +345,13 @@ class Engine:
             job.filled = end
             self._prompt_tokens += count
             taken = time.monotonic() - started
-            self._prefill_token_s = _smooth(self._prefill_token_s, taken / count)
+            if count >= SHORTEST_HIT:  # shorter ones cost as much, and tell little
+                self._prefill_token_s = _smooth(self._prefill_token_s, taken / count)
             if last:
                 assert logits is not None
                 self._start(job, logits)
+                self._tell()  # the first token must not wait for the other prompts
+                budget = min(budget, CHUNK)  # and its answer now waits for the second
 
     def _admit(self) -> Job | None:
         """Give the oldest waiting prompt a row, and what is known of it."""
@@ -435,13 +450,13 @@ class Engine:
         text += job.detokenizer.flush()
         if job.detokenizer.stopped and reason == "length":
             reason = "stop"  # the flush found a stop string
+        if job in self._active:
+            self._leave(job)
         with self._work:
-            if job in self._queue:
-                self._queue.remove(job)
-            elif job is self._filling:
+            if job is self._filling:
                 self._filling = None
-            else:
-                self._leave(job)
+            elif job in self._queue:
+                self._queue.remove(job)
         job.finish_reason = reason
         self._finished[reason] += 1
         if job.generated:
@@ -449,12 +464,15 @@ class Engine:
         self._put(job, Piece(text, tokens, reason))
 
     def _leave(self, job: Job) -> None:
-        row = self._active.index(job)
+        row, last = self._active.index(job), len(self._active) - 1
         self._keep(job, row)
-        mover = self._active.pop()
+        mover = self._active[last]
         if mover is not job:
+            # Amid a decode, the cache holds one token more than the mover knows of.
+            self._runtime.copy(last, row, mover.length + 1)
+        with self._work:
             self._active[row] = mover
-            self._runtime.copy(len(self._active), row, mover.length)
+            self._active.pop()
 
     def _keep(self, job: Job, row: int) -> None:
         """Shelve a finished answer's prompt, unless the shelf has it already."""
@@ -475,6 +493,7 @@ class Engine:
 
     def _put(self, job: Job, piece: Piece) -> None:
         job.pending.append(piece)
+        job.complete = piece.finish_reason is not None
         self._touched.setdefault(job.notify, {})[job] = None
 
     def _tell(self) -> None:
@@ -503,12 +522,15 @@ class Engine:
 def chunk_size(left: int, budget: int) -> int:
     """How many of the `left` prompt tokens to prefill with `budget` tokens to spend.
 
-    Never leaves a single token for later, and never takes one unless it is all.
+    No position may be computed alone: a chunk never takes a single token or leaves
+    one, and its last tile never holds one. 0 means: wait for a larger budget.
     """
-    if left <= budget:
-        return left
-    count = budget if left - budget != 1 else budget - 1
-    return count if count > 1 else 0
+    if left == 1:
+        return 1  # a prompt of one token is always computed alone
+    for count in range(min(left, budget), 1, -1):
+        if count % TILE != 1 and left - count != 1:
+            return count
+    return 0
 
 
 def _shared(a: np.ndarray, b: np.ndarray) -> int:

@@ -105,6 +105,7 @@ class SyncStream(_Stream):
         deadline_s: float | None,
     ) -> None:
         super().__init__(engine)
+        self._ended = False
         self._arrived: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._job = engine.submit(
             ids,
@@ -116,14 +117,13 @@ class SyncStream(_Stream):
 
     def __iter__(self) -> Iterator[Piece]:
         try:
-            while True:
+            while not self._ended:
                 self._arrived.get()
                 # Several arrivals may have been taken as one piece.
                 if (piece := self._take()) is None:
                     continue
+                self._ended = piece.finish_reason is not None
                 yield piece
-                if piece.finish_reason is not None:
-                    return
         finally:
             self.cancel()
 
@@ -170,8 +170,8 @@ class _Loop:
 
     def _wake(self, jobs: list[Job]) -> None:
         for job in jobs:
-            ended = job.finish_reason is not None
-            stream = self.streams.pop(job, None) if ended else self.streams.get(job)
+            # Not its finish reason: that is known before the last piece can be read.
+            stream = (self.streams.pop if job.complete else self.streams.get)(job, None)
             if stream is not None:
                 stream._wake()
 
@@ -275,6 +275,9 @@ class Model:
         running = asyncio.get_running_loop()
         known = self._loops.get(id(running))
         if known is None or known.loop is not running:
+            for id_, one in list(self._loops.items()):
+                if one.loop.is_closed():
+                    self._loops.pop(id_, None)
             known = self._loops[id(running)] = _Loop(running, self.engine)
         return known
 
@@ -377,6 +380,11 @@ def load(
     precision: str | None,
 ) -> Model:
     """See `models.load`."""
+    for name, value, least in (("rows", rows, 1), ("shelf", shelf, 0)):
+        if value < least:
+            raise ModelError(
+                f"{name}: expected at least {least}, found {value}; raise it"
+            )
     files = build.ensure(precision or _runtime_kind(device).precision)
     tokenizer = Tokenizer.load(files.tokenizer)
     runtime = _runtime_kind(device)(

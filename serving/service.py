@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
 
 import models
 from serving.errors import ApiError
@@ -62,8 +64,9 @@ class Service:
         return self.model
 
     @contextlib.asynccontextmanager
-    async def lifespan(self, _app: Any) -> AsyncIterator[None]:
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Load in the background: health endpoints answer from the first moment."""
+        app.openapi()  # takes 0.1 s once: not in the middle of someone's stream
         owned = self.model is None
         if owned:
             self.loading = asyncio.create_task(self._load())

@@ -61,7 +61,9 @@ class Settings(BaseSettings):
     # When to say no, and when to say goodbye
     ttft_target_ms: Positive = 3_000  # others' work ahead of a newcomer, at most
     stall_seconds: Seconds = 10.0  # no finished step for so long: /health/progress
-    drain_seconds: Seconds = 5.0  # not ready, still serving: balancers look away
+    # Not ready, still serving, until balancers have noticed. Unless set: 5 s, but none
+    # on loopback, where nobody balances.
+    drain_seconds: Seconds | None = None
 
     # Idempotency keys
     idempotency_ttl_s: Seconds = 600.0
@@ -71,6 +73,24 @@ class Settings(BaseSettings):
     device: Literal["cpu", "cuda"] = "cpu"
     rows: Positive = 32  # answers decoded at once
     context: Annotated[int, Field(ge=64, le=8192)] = 2048  # tokens in one row
+
+    def drain_s(self, host: str) -> float:
+        """How long to serve on after SIGTERM."""
+        if self.drain_seconds is not None:
+            return self.drain_seconds
+        return 0.0 if is_loopback(host) else 5.0
+
+    def check_exposure(self, host: str) -> None:
+        """Refuse to serve everyone by accident: no keys and not only this machine."""
+        if self.keys() or self.allow_anonymous or is_loopback(host):
+            return
+        raise ConfigurationError(
+            f"Serving on {host} without API keys would let anyone spend this machine. "
+            f"Expected API_KEYS or API_KEYS_FILE, found neither.\n"
+            f"Make a key: {NEW_KEY}\n"
+            f"then:       API_KEYS=<key> python model_api.py --serve --host {host}\n"
+            f"or say that you mean it: ALLOW_ANONYMOUS=1"
+        )
 
     def keys(self) -> tuple[Key, ...]:
         """Read all keys, from the variable and from the file."""
@@ -127,16 +147,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def check_exposure(settings: Settings, host: str) -> None:
-    """Refuse to serve everyone by accident: no keys and not only this machine."""
-    if settings.keys() or settings.allow_anonymous or is_loopback(host):
-        return
-    raise ConfigurationError(
-        f"Serving on {host} without API keys would let anyone spend this machine. "
-        f"Expected API_KEYS or API_KEYS_FILE, found neither.\n"
-        f"Make a key: {NEW_KEY}\n"
-        f"then:       API_KEYS=<key> python model_api.py --serve --host {host}\n"
-        f"or say that you mean it: ALLOW_ANONYMOUS=1"
-    )

@@ -22,6 +22,7 @@ from course.load import (
     summarise,
 )
 from course.request import Outcome, client, post, stream_chat
+from course.show import Table
 from models.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ CHAT = "/v1/chat/completions"
 FULL_LENGTH = {"0": -100, "2": -100}
 LENGTHS = [8, 16, 8, 64] * 4  # tokens of sixteen callers' answers
 STAGGER_S = 0.03  # from one caller to the next
-SLO_FIRST_TOKEN_S, SLO_GAP_S = 2.0, 0.25
+SLO_FIRST_TOKEN_S, SLO_GAP_S = 2.0, 0.5
 
 
 @contextlib.contextmanager
@@ -43,7 +44,7 @@ def running_server(device: str, **environment: str) -> Iterator[str]:
     port = process.free_port()
     argv = [sys.executable, str(lesson), "--serve", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
-    variables = {"TTFT_TARGET_MS": "1000", "DRAIN_SECONDS": "0", **environment}
+    variables = {"TTFT_TARGET_MS": "1000", **environment}
     with process.child(
         [*argv, "--device", device],
         env=variables,
@@ -71,6 +72,12 @@ async def ask_alone(url: str, words: int, tokens: int, repeats: int) -> list[Out
             await stream_chat(http, url + CHAT, small_talk(words, tokens))
             for _ in range(repeats)
         ]
+
+
+def cost_table(rows: list[list[Any]], repeats: int) -> Table:
+    columns = ["request", ("prompt", "words"), ("answer", "tokens")]
+    columns += [("first token", "ms"), ("per token", "ms"), ("total", "ms")]
+    return Table(f"One request, alone (median, n = {repeats})", columns, rows)
 
 
 # ## Many callers, one model
@@ -118,6 +125,15 @@ async def burst(
             serving.cancel()
 
 
+def sharing_table(rows: list[list[Any]]) -> Table:
+    columns = ["way", ("throughput", "tokens/s"), ("first token, median", "s")]
+    columns += [("first token, worst", "s"), ("whole answer, median", "s")]
+    title = (
+        f"{len(LENGTHS)} callers, answers of {min(LENGTHS)} to {max(LENGTHS)} tokens"
+    )
+    return Table(title, columns, rows)
+
+
 def draw_spans(spans: dict[str, list[Span]], *panels: Any) -> None:
     """One bar a caller: grey while it waits, blue while its answer grows."""
     end = max(span.done for calls in spans.values() for span in calls)
@@ -151,6 +167,11 @@ async def poison(url: str, fields: dict[str, Any]) -> tuple[int, float, str]:
     async with client() as http:
         told = await post(http, url + CHAT, {**small_talk(5, 5), **fields})
     return told.status or 0, told.total_s * 1000, told.error or "none"
+
+
+def poison_table(rows: list[list[Any]]) -> Table:
+    columns = ["request", "status", ("answered in", "ms"), "message"]
+    return Table("Poisoned requests", columns, rows)
 
 
 async def leave(url: str) -> float:
@@ -191,11 +212,19 @@ async def overload(
         return best, reports
 
 
+def overload_table(rows: list[list[Any]], best: float) -> Table:
+    columns = ["load", "sent", "answered", "refused", "failed"]
+    columns += [("in time", "1/s"), ("refusal, median", "ms")]
+    title = f"Load as it comes, in multiples of {best:.1f} requests/s"
+    note = f"In time: first token within {SLO_FIRST_TOKEN_S:g} s of when it was due."
+    return Table(title, columns, rows, note)
+
+
 # ## The door
 
 
-async def try_doors(url: str, key: str, admin: str) -> list[list[Any]]:
-    """Knock at each door once: what was tried, status, milliseconds, OWASP's name."""
+async def try_doors(url: str, key: str, admin: str) -> Table:
+    """Knock at each door once: what was tried, what came back, how OWASP names it."""
     tiny, mine, admins = small_talk(3, 1), f"Bearer {key}", f"Bearer {admin}"
     wrong = mine[:-1] + ("a" if key[-1] != "a" else "b")
     attempts = [
@@ -216,7 +245,8 @@ async def try_doors(url: str, key: str, admin: str) -> list[list[Any]]:
             answer = await http.request(method, path, json=body, headers=headers)
             taken_ms = (time.perf_counter() - started) * 1000
             rows.append([name, answer.status_code, taken_ms, risk])
-    return rows
+    columns = ["attempt", "status", ("answered in", "ms"), "OWASP API risk (2023)"]
+    return Table("Who gets in", columns, rows)
 
 
 async def rush(url: str, key: str, callers: int, tokens: int) -> list[Outcome]:

@@ -11,8 +11,9 @@ from serving.idempotency import Entry
 
 JSON = "application/json"
 EVENTS = "text/event-stream; charset=utf-8"
+NOT_CACHED = {"cache-control": "no-store"}
 # A proxy that collects the stream before it passes it on would undo the streaming.
-STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+NOT_COLLECTED = {"x-accel-buffering": "no"}
 
 
 class ClientLeft(Exception):
@@ -34,7 +35,7 @@ class Wire:
 
     async def whole(self, body: bytes, headers: dict[str, str]) -> None:
         """Send an answer in one piece."""
-        await self._head({**headers, "content-type": JSON}, len(body))
+        await self._head({**headers, **NOT_CACHED, "content-type": JSON}, len(body))
         await self._body(body, more=False)
 
     async def piece(
@@ -42,7 +43,8 @@ class Wire:
     ) -> None:
         """Send the next piece of a stream."""
         if not self.started:
-            await self._head({**headers, **STREAM_HEADERS, "content-type": EVENTS})
+            kind = {"content-type": EVENTS}
+            await self._head({**headers, **NOT_CACHED, **NOT_COLLECTED, **kind})
         await self._body(chunk, more=not last)
 
     async def broken(self, error: ApiError) -> None:

@@ -65,15 +65,21 @@ def test_wrong_values_are_named(monkeypatch):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.0.0.8"])
 def test_loopback_is_served_without_keys(host):
-    settings.check_exposure(settings.Settings(), host)
+    settings.Settings().check_exposure(host)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
 def test_other_addresses_need_keys_or_a_word(host):
     with pytest.raises(settings.ConfigurationError, match="ALLOW_ANONYMOUS=1"):
-        settings.check_exposure(settings.Settings(), host)
-    settings.check_exposure(settings.Settings(allow_anonymous=True), host)
-    settings.check_exposure(settings.Settings(api_keys="k" * 16), host)
+        settings.Settings().check_exposure(host)
+    settings.Settings(allow_anonymous=True).check_exposure(host)
+    settings.Settings(api_keys="k" * 16).check_exposure(host)
+
+
+def test_the_drain_delay_is_for_balancers():
+    assert settings.Settings().drain_s("127.0.0.1") == 0
+    assert settings.Settings().drain_s("0.0.0.0") == 5
+    assert settings.Settings(drain_seconds=1).drain_s("127.0.0.1") == 1
 
 
 def test_serving_everyone_by_accident_is_refused(capsys):

@@ -447,6 +447,16 @@ def test_scopes_open_what_they_say(keyed):
     assert get(keyed, "/v1/models", **BEARER).status_code == 200
 
 
+def test_without_keys_strangers_see_no_metrics(api):
+    async def work():
+        stranger = httpx.ASGITransport(api, client=("10.0.0.9", 5))
+        async with httpx.AsyncClient(transport=stranger, base_url="http://api") as http:
+            return (await http.get("/metrics")).status_code
+
+    assert run(work) == 403
+    assert get(api, "/metrics").status_code == 200
+
+
 @pytest.fixture
 def one_minute(monkeypatch):
     """The wall clock stands still: no minute ends in the middle of the test."""
@@ -456,7 +466,7 @@ def one_minute(monkeypatch):
 @pytest.mark.usefixtures("one_minute")
 def test_fifty_at_once_stay_within_the_token_budget():
     limit = 1500
-    other = app(api_keys=KEYS, tokens_per_minute=limit)
+    other = app(api_keys=KEYS, tokens_per_minute=limit, ttft_target_ms=600_000)
 
     async def work():
         async with client(other, headers=BEARER) as http:

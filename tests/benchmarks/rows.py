@@ -29,7 +29,14 @@ from typing import Any
 from course import lesson
 from course.measure import Paired, Percentile, Series
 from course.show import Cell, Table
-from tests.benchmarks.turns import THREADS, Worker, in_turns, worker
+from tests.benchmarks.turns import (
+    THREADS,
+    Bystanders,
+    Turn,
+    Worker,
+    in_turns,
+    worker,
+)
 
 ROWS = (1, 2, 4, 8, 16, 32)
 PROMPTS = (38, 128, 512)  # tokens
@@ -99,31 +106,31 @@ def measure(run: lesson.Run, kind: str, details: list[dict[str, int]]) -> list[A
     engines = run.keep("workers", lambda: workers(run))
     rounds = QUICK_ROUNDS if run.quick else ROUNDS
     results: list[list[list[float]]] = [[] for _ in details]
+    bystanders = Bystanders()
     with run.progress(kind, rounds * len(details)) as advance:
         for number in range(rounds):
             for place, detail in enumerate(details):
-                results[place].append(_round(engines, kind, detail, number))
+                turns = _turns(engines, kind, detail)
+                columns = in_turns(turns, number, bystanders)
+                results[place].append([figure for c in columns for figure in c])
                 advance()
+    bystanders.tell(run)
     return [[Series(c) for c in zip(*turns, strict=True)] for turns in results]
 
 
-def _round(
-    engines: list[Worker], kind: str, detail: dict[str, int], number: int
-) -> list[float]:
-    """One turn each: [graph, engine, llama.cpp]."""
+def _turns(
+    engines: list[Worker], kind: str, detail: dict[str, int]
+) -> list[tuple[int, Turn]]:
+    """What each engine does in its turn: ours measures twice."""
     ours, *theirs = engines
-    turns = [
-        (
-            ours.pid,
-            lambda: [
-                ours.ask(kind, **detail),
-                ours.ask(f"engine_{kind}", **detail),
-            ],
-        ),
-        *((other.pid, lambda: [other.ask(kind, **detail)]) for other in theirs),
-    ]
-    columns = in_turns(turns, first=number % len(turns))
-    return [figure for column in columns for figure in column]
+
+    def twice() -> list[float]:
+        return [ours.ask(kind, **detail), ours.ask(f"engine_{kind}", **detail)]
+
+    turns: list[tuple[int, Turn]] = [(ours.pid, twice)]
+    for other in theirs:
+        turns.append((other.pid, lambda other=other: [other.ask(kind, **detail)]))
+    return turns
 
 
 def show_table(

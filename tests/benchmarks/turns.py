@@ -14,16 +14,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from course.lesson import Run
 from course.process import ChildError
 
 ROOT = Path(__file__).resolve().parents[2]
 THREADS = len(os.sched_getaffinity(0))  # the same for every rival
 DEADLINE_S = 300.0  # for one answer; the first one may build the model
+DISTURBED = 0.05  # of the machine: with more in other hands, figures are doubtful
+TICKS = os.sysconf("SC_CLK_TCK")  # a second of the kernel's accounts
 
 Turn = Callable[[], Any]
 
@@ -39,6 +43,44 @@ def alone(one: int, everyone: Sequence[int]) -> Iterator[None]:
     finally:
         for group in others:
             os.killpg(group, signal.SIGCONT)
+
+
+class Bystanders:
+    """What other programs took of the machine while it was measured."""
+
+    def __init__(self) -> None:
+        self.taken_s = self.offered_s = 0.0
+
+    @contextmanager
+    def watched(self, groups: Sequence[int]) -> Iterator[None]:
+        """Counts, for the length of the block, all work but of these and our own."""
+        busy, ours, began = _busy_s(), _used_s(groups), time.monotonic()
+        yield
+        self.taken_s += _busy_s() - busy - (_used_s(groups) - ours)
+        self.offered_s += (time.monotonic() - began) * (os.cpu_count() or 1)
+
+    def tell(self, run: Run) -> None:
+        """Says how much it was, and whether that is too much."""
+        share = max(0.0, self.taken_s / self.offered_s)
+        run.fact("taken by other programs meanwhile", 100 * share, "% of the machine")
+        if share > DISTURBED:
+            run.say("That is much: the figures are disturbed. Measure again in peace.")
+
+
+def _busy_s() -> float:
+    """CPU seconds of this machine that were not idle, since it started."""
+    with open("/proc/stat") as file:
+        times = [int(ticks) for ticks in file.readline().split()[1:9]]
+    return (sum(times) - times[3] - times[4]) / TICKS  # idle, waiting for disks
+
+
+def _used_s(groups: Sequence[int]) -> float:
+    """CPU seconds of these processes and of this one."""
+    total = time.process_time()
+    for pid in groups:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / TICKS
+    return total
 
 
 class Worker:
@@ -105,17 +147,21 @@ def answer_questions(answers: Mapping[str, Callable[..., Any]]) -> None:
         print(json.dumps(result), flush=True)
 
 
-def in_turns(turns: Sequence[tuple[int, Turn]], first: int = 0) -> list[Any]:
+def in_turns(
+    turns: Sequence[tuple[int, Turn]], number: int, bystanders: Bystanders
+) -> list[Any]:
     """What one turn of each rival gives, in the order they are listed.
 
     Args:
         turns: for each rival its process group and what it does.
-        first: the place in the list of the one that begins.
+        number: of the round; who begins changes with it.
+        bystanders: where the other programs' work is counted.
     """
+    first = number % len(turns)
     groups = [group for group, _ in turns]
     results: dict[int, Any] = {}
     for place in [*range(first, len(turns)), *range(first)]:
         group, turn = turns[place]
-        with alone(group, groups):
+        with alone(group, groups), bystanders.watched(groups):
             results[place] = turn()
     return [results[place] for place in range(len(turns))]
