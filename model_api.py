@@ -583,13 +583,13 @@ def serve(arguments: argparse.Namespace) -> int:
     try:
         settings = load(**({"device": "cuda"} if arguments.device == "cuda" else {}))
         settings.check_exposure(arguments.host)
+        app = create_app(settings)
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         return 2
     if not settings.keys():
         notice = "Serving without API keys: whoever reaches this address may use it."
         print(notice, flush=True)
-    app = create_app(settings)
     return server.serve(app, host=arguments.host, port=arguments.port)
 
 

@@ -16,7 +16,13 @@ Servers use the same model from asyncio, many answers at a time:
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
+
+# Before numpy and onnxruntime load. The first would start threads of its own, which
+# takes half of its import and serves nothing here; the second would report usage.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from models.errors import (
     BuildError,

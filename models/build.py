@@ -26,7 +26,7 @@ WORKSHOP = ".building-"  # how the folder of an unfinished build is called
 FORMAT = 1  # of the graph: raise it and every machine builds again
 REFUSALS = tuple(
     getattr(errno, name)
-    for name in "ENOSPC EDQUOT EACCES EPERM EROFS ENOTDIR EEXIST".split()
+    for name in ["ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST"]
 )
 NEEDED_BYTES = {"int4": 450e6, "float16": 700e6, "float32": 1_000e6}  # while building
 

@@ -14,7 +14,10 @@ from typing import Any, cast
 
 from limits import RateLimitItemPerMinute
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
+from limits.errors import ConfigurationError as UnusableStorage
 from limits.storage import storage_from_string
+
+from serving.settings import ConfigurationError
 
 WINDOW_S = 60.0
 
@@ -121,7 +124,7 @@ class Budgets:
     """Requests and tokens together: both are taken, or neither."""
 
     def __init__(self, requests: int, tokens: int, storage: str):
-        shared = storage_from_string(storage)
+        shared = _storage(storage)
         self.requests = Budget("requests", requests, shared)
         self.tokens = Budget("tokens", tokens, shared)
 
@@ -147,3 +150,15 @@ class Budgets:
             **await self.requests.headers(tenant),
             **await self.tokens.headers(tenant),
         }
+
+
+def _storage(uri: str) -> Any:
+    try:
+        if not uri.startswith("async+"):
+            raise UnusableStorage("it would block the event loop")
+        return storage_from_string(uri)
+    except UnusableStorage as error:
+        raise ConfigurationError(
+            "LIMITS_STORAGE: expected async+memory:// or async+redis://host:port (with "
+            f"pip install coredis), found {uri!r}: {error}."
+        ) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 from contextlib import suppress
 from types import FrameType
@@ -68,7 +69,7 @@ def serve(app: Any, *, host: str, port: int) -> int:
         access_log=False,  # /metrics counts every request; a line each costs more
         server_header=False,
         timeout_keep_alive=65,  # balancers use 60 s: they hang up first, not we
-        timeout_graceful_shutdown=int(settings.request_timeout_s),
+        timeout_graceful_shutdown=math.ceil(settings.request_timeout_s),
         log_level="info",
     )
     server = DrainingServer(config, service, settings.drain_s(host))

@@ -204,6 +204,12 @@ def test_the_wait_is_when_the_cost_fits(window, cost, wait_s):
     assert window.wait_s(cost, 100) == pytest.approx(wait_s)
 
 
+@pytest.mark.parametrize("uri", ["memory://", "async+nothing://", "x"])
+def test_a_storage_that_cannot_work_is_named(uri):
+    with pytest.raises(settings.ConfigurationError, match="LIMITS_STORAGE"):
+        Budgets(1, 1, uri)
+
+
 # ## Idempotency
 
 

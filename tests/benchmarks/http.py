@@ -29,6 +29,7 @@ from pathlib import Path
 from course import lesson
 from course.load import run_closed_loop
 from course.measure import Paired, Series
+from course.request import Outcome
 from course.show import Cell, Table
 from tests.benchmarks import servers
 from tests.benchmarks.client import Reply, ask
@@ -57,6 +58,7 @@ class Turn:
 
 async def turn(server: Server, clients: int, answers: int) -> Turn:
     """Warms up, then measures."""
+
     def send(tokens: int):
         return lambda _: ask(server, request(next(NUMBERS), tokens))
 
@@ -65,10 +67,18 @@ async def turn(server: Server, clients: int, answers: int) -> Turn:
     replies = await run_closed_loop(send(TOKENS), clients, clients * answers)
     seconds = time.perf_counter() - began
     used = time.process_time() - used
-    for reply in replies:
-        if not reply.ok or reply.tokens != TOKENS or reply.cached_tokens:
-            raise ValueError(f"Expected {TOKENS} fresh tokens, found {reply}.")
-    return Turn(replies, len(replies) * TOKENS / seconds, used / seconds)
+    return Turn(
+        [full(reply) for reply in replies],
+        len(replies) * TOKENS / seconds,
+        used / seconds,
+    )
+
+
+def full(reply: Outcome) -> Reply:
+    """The reply, if it is as long as all others, and nothing came from a cache."""
+    if isinstance(reply, Reply) and reply.tokens == TOKENS and not reply.cached_tokens:
+        return reply
+    raise ValueError(f"Expected {TOKENS} fresh tokens, found {reply}.")
 
 
 @contextmanager
@@ -119,9 +129,13 @@ def show_results(
     ratios = {}
     for clients, rounds in turns.items():
         columns = list(zip(*rounds, strict=True))
-        rates = [Series([turn.tokens_per_s for turn in column]) for column in columns]
+        rates = [
+            Series(tuple(turn.tokens_per_s for turn in column)) for column in columns
+        ]
         for server, column, rate in zip(rivals, columns, rates, strict=True):
-            rows.append([clients, server.name, rate.median, *_latencies(column), rate.n])
+            rows.append(
+                [clients, server.name, rate.median, *_latencies(column), rate.n]
+            )
         if len(rates) == 2:
             ratios[clients] = Paired(*rates).ratio()
     columns = ["clients", "server", ("all answers", "tokens/s")]
@@ -144,9 +158,9 @@ def show_results(
 def _latencies(turns: tuple[Turn, ...]) -> list[float]:
     """Percentiles over the answers of all turns, and the client's share of a core."""
     replies = [reply for turn in turns for reply in turn.replies]
-    first = Series([reply.first_token_s or reply.total_s for reply in replies])
-    gap = Series([gap for reply in replies for gap in reply.gaps_s])
-    share = Series([100 * turn.client_share for turn in turns])
+    first = Series(tuple(reply.first_token_s or reply.total_s for reply in replies))
+    gap = Series(tuple(gap for reply in replies for gap in reply.gaps_s))
+    share = Series(tuple(100 * turn.client_share for turn in turns))
     times = (first.p50, first.p99, gap.p50, gap.p99)
     return [*(1000 * time_s for time_s in times), share.median]
 

@@ -22,10 +22,11 @@ from tests.benchmarks import servers
 from tests.benchmarks.client import Reply, ask
 from tests.benchmarks.prompts import request
 from tests.benchmarks.servers import Server
+from tests.benchmarks.turns import Bystanders
 
 NEIGHBOURS = 4
 TOKENS = 96  # of their answers
-REPEATS = 289  # of three tokens each: with what surrounds them, 900 tokens
+REPEATS = 281  # of three tokens each: with what surrounds them, 900 tokens
 HEAD_START_S = 0.6  # until the newcomer: the neighbours' prompts are read by then
 ROUNDS, QUICK_ROUNDS = 10, 3
 NUMBERS = itertools.count(10_000)
@@ -44,8 +45,8 @@ class Round:
 def long_prompt() -> dict[str, Any]:
     number = next(NUMBERS)
     content = f"{number:05d}" + " and so on" * REPEATS
-    messages = [{"role": "system", "content": content}]
-    return {**request(number, tokens=1), "messages": messages}
+    messages = [{"role": "user", "content": f"{content}. What is this about?"}]
+    return {**request(number, tokens=4), "messages": messages}
 
 
 async def visit(server: Server) -> Round:
@@ -63,7 +64,7 @@ async def visit(server: Server) -> Round:
     quiet, during = [], []
     for reply in neighbours:
         for before, after in itertools.pairwise(reply.token_times):
-            if before >= read or begun <= before and after <= newcomer.sent_at:
+            if before >= read or (begun <= before and after <= newcomer.sent_at):
                 quiet.append(after - before)
             elif before >= begun:
                 during.append(after - before)
@@ -72,8 +73,8 @@ async def visit(server: Server) -> Round:
 
 
 def checked(reply: Reply) -> Reply:
-    """The reply, if it has tokens."""
-    if not reply.ok or reply.cached_tokens:
+    """The reply, if it is whole and nothing of it came from the cache."""
+    if not reply.token_times or reply.cached_tokens:
         raise ValueError(f"Expected a fresh answer, found {reply}.")
     return reply
 
@@ -82,21 +83,23 @@ def a_long_prompt(run: lesson.Run) -> None:
     """Gaps between tokens, quiet and while a long prompt is read."""
     run.predict(f"A gap grows by at most one chunk of {CHUNK} tokens.")
     rounds = QUICK_ROUNDS if run.quick else ROUNDS
+    visits, bystanders = [], Bystanders()
     with servers.ours(run.device) as server:
         asyncio.run(visit(server))  # warms up
         with run.progress("interference", rounds) as advance:
-            visits = []
             for _ in range(rounds):
-                visits.append(asyncio.run(visit(server)))
+                with bystanders.watched([server.pid]):
+                    visits.append(asyncio.run(visit(server)))
                 advance()
+    bystanders.tell(run)
     show_results(run, visits)
 
 
 def show_results(run: lesson.Run, visits: list[Round]) -> None:
     """Both kinds of gaps, the rise, and the chunk it is held against."""
-    quiet = Series([1000 * gap for one in visits for gap in one.quiet])
-    during = Series([1000 * gap for one in visits for gap in one.during])
-    per_token = Series([one.alone_s / one.prompt_tokens for one in visits])
+    quiet = Series(tuple(1000 * gap for one in visits for gap in one.quiet))
+    during = Series(tuple(1000 * gap for one in visits for gap in one.during))
+    per_token = Series(tuple(one.alone_s / one.prompt_tokens for one in visits))
     chunk_ms = 1000 * CHUNK * per_token.median
     rows = [
         [name, of(quiet), of(during), of(during) - of(quiet), chunk_ms]
@@ -112,8 +115,8 @@ def show_results(run: lesson.Run, visits: list[Round]) -> None:
     note = f"{quiet.n} quiet gaps, {during.n} while the prompt was read."
     run.table(Table(title, columns, rows, note))
     run.conclude(
-        f"The median gap rose by {rows[0][3] / chunk_ms:.2f} of a chunk, the largest by "
-        f"{rows[2][3] / chunk_ms:.2f} (bar: 1)."
+        f"The median gap rose by {rows[0][3] / chunk_ms:.2f} of a chunk, the largest "
+        f"by {rows[2][3] / chunk_ms:.2f} (bar: 1)."
     )
 
 

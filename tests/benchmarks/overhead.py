@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
@@ -44,7 +44,7 @@ def through_http(server: Server, tokens: int, requests: int, stream: bool) -> Fi
     """Median wall time and mean CPU time of a request, in seconds."""
     connection = HTTPConnection("127.0.0.1", server.port)
     body = json.dumps({**request(1, tokens), "stream": stream}).encode()
-    times: list[float] = []
+    times, cpu = [], 0.0
     for number in range(WARM + requests):
         if number == WARM:
             cpu = main_thread_s(server.pid)
@@ -57,7 +57,7 @@ def through_http(server: Server, tokens: int, requests: int, stream: bool) -> Fi
             raise ValueError(f"Expected 200, found {answer.status}: {content!r}")
     cpu = main_thread_s(server.pid) - cpu
     connection.close()
-    return {"wall_s": Series(times[WARM:]).median, "cpu_s": cpu / requests}
+    return {"wall_s": Series(tuple(times[WARM:])).median, "cpu_s": cpu / requests}
 
 
 def main_thread_s(pid: int) -> float:
@@ -78,13 +78,14 @@ def rivals(run: lesson.Run) -> Iterator[tuple[Server, Worker]]:
 def compare(run: lesson.Run, tokens: int, requests: int, stream: bool) -> list[Any]:
     """Rounds of [figures through HTTP, figures of the bare engine]."""
     server, bare = run.keep("rivals", lambda: rivals(run))
-    ask: Callable[[], Figures] = lambda: bare.ask(  # noqa: E731
-        "answer", tokens=tokens, requests=requests
-    )
-    turns = [
-        (server.pid, lambda: through_http(server, tokens, requests, stream)),
-        (bare.pid, ask),
-    ]
+
+    def http() -> Figures:
+        return through_http(server, tokens, requests, stream)
+
+    def alone() -> Figures:
+        return bare.ask("answer", tokens=tokens, requests=requests)
+
+    turns = [(server.pid, http), (bare.pid, alone)]
     bystanders = Bystanders()
     rounds = range(QUICK_ROUNDS if run.quick else ROUNDS)
     results = [in_turns(turns, number, bystanders) for number in rounds]
@@ -95,10 +96,10 @@ def compare(run: lesson.Run, tokens: int, requests: int, stream: bool) -> list[A
 def table_row(name: str, results: list[Any], what: str, scale: float) -> list[Cell]:
     """Medians of both, and of the difference with its interval."""
     http, bare = (
-        Series([figures[what] * scale for figures in column])
+        Series(tuple(figures[what] * scale for figures in column))
         for column in zip(*results, strict=True)
     )
-    added = Series([a - b for a, b in zip(http.values, bare.values, strict=True)])
+    added = Series(tuple(a - b for a, b in zip(http.values, bare.values, strict=True)))
     told = added.percentile(50)
     between = "" if told.low is None else f"{told.low:.3f} to {told.high:.3f}"
     return [name, http.median, bare.median, added.median, between, added.n]

@@ -1,5 +1,4 @@
-"""More requests than the server can answer: what is still answered well, and how
-quickly the rest is told.
+"""Too many requests: what is still answered well, and how soon the rest is told.
 
 Capacity is what sixteen clients get who ask again once they are answered. Then
 requests arrive at random, at 1 to 4 times that rate, whatever became of those before.
@@ -14,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from course import lesson
 from course.load import poisson_arrivals, run_closed_loop, run_open_loop, summarise
@@ -25,6 +24,7 @@ from tests.benchmarks import servers
 from tests.benchmarks.client import ask
 from tests.benchmarks.prompts import request
 from tests.benchmarks.servers import Server
+from tests.benchmarks.turns import Bystanders
 
 LOADS = (1, 2, 3, 4)  # times capacity
 SECONDS, QUICK_SECONDS = 20.0, 5.0  # of arrivals at each load
@@ -36,19 +36,25 @@ KEPT_BAR, REFUSAL_BAR_MS = 0.8, 10.0
 NUMBERS = itertools.count(10_000)
 
 
+def sender(server: Server) -> Callable[[int], Awaitable[Outcome]]:
+    """Sends a request that no other is like."""
+    return lambda _: ask(server, request(next(NUMBERS), TOKENS))
+
+
 async def capacity(server: Server) -> float:
     """Requests a second that are answered when clients wait for each other."""
-    send = lambda _: ask(server, request(next(NUMBERS), TOKENS))  # noqa: E731
+    send = sender(server)
     await run_closed_loop(send, CLIENTS, CLIENTS)
     told = await run_closed_loop(send, CLIENTS, CLIENTS * ANSWERS)
     return summarise(told, FIRST_TOKEN_S, GAP_S).requests_per_s
 
 
-async def arrive(server: Server, rate: float, seconds: float, seed: int):
+async def arrive(
+    server: Server, rate: float, seconds: float, seed: int
+) -> list[Outcome]:
     """Random arrivals at this rate."""
     arrivals = poisson_arrivals(rate, seconds, seed)
-    send = lambda _: ask(server, request(next(NUMBERS), TOKENS))  # noqa: E731
-    return await run_open_loop(send, arrivals)
+    return await run_open_loop(sender(server), arrivals)
 
 
 def more_than_capacity(run: lesson.Run) -> None:
@@ -56,12 +62,16 @@ def more_than_capacity(run: lesson.Run) -> None:
     run.predict("Refusing early keeps the answers good that are given.")
     seconds = QUICK_SECONDS if run.quick else SECONDS
     results: dict[int, Sequence[Outcome]] = {}
+    bystanders = Bystanders()
     with servers.ours(run.device, TTFT_TARGET_MS=str(TARGET_MS)) as server:
         best = asyncio.run(capacity(server))
         with run.progress("overload", len(LOADS)) as advance:
             for load in LOADS:
-                results[load] = asyncio.run(arrive(server, load * best, seconds, load))
+                with bystanders.watched([server.pid]):
+                    told = asyncio.run(arrive(server, load * best, seconds, load))
+                results[load] = told
                 advance()
+    bystanders.tell(run)
     show_results(run, best, results)
 
 
@@ -78,7 +88,11 @@ def show_results(
         # How late this client itself was is no fault of the server.
         refused = [1000 * (o.total_s - o.late_s) for o in told if o.refused]
         refusals += refused
-        p50, p99 = (Series(refused).p50, Series(refused).p99) if refused else (None,) * 2
+        p50, p99 = (
+            (Series(tuple(refused)).p50, Series(tuple(refused)).p99)
+            if refused
+            else (None,) * 2
+        )
         first = report.first_token
         row = [f"{load}x", report.requests, report.ok, report.refused, report.failed]
         row += [report.goodput_per_s, first and first.p50, first and first.p99]
@@ -89,7 +103,7 @@ def show_results(
     columns += [("client late, p99", "ms")]
     run.table(Table(f"Arrivals, in multiples of {best:.1f} a second", columns, rows))
     kept = goodput[LOADS[-1]] / max(goodput.values())
-    slowest = f"{Series(refusals).p99:.1f} ms" if refusals else "none"
+    slowest = f"{Series(tuple(refusals)).p99:.1f} ms" if refusals else "none"
     run.conclude(
         f"At {LOADS[-1]} times capacity {kept:.0%} of the best rate of good answers "
         f"remained (bar: {KEPT_BAR:.0%}); refusals, p99: {slowest} "

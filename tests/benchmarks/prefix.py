@@ -22,6 +22,7 @@ from tests.benchmarks.client import Reply, ask
 from tests.benchmarks.prompts import request
 from tests.benchmarks.rows import spelled
 from tests.benchmarks.servers import Server
+from tests.benchmarks.turns import Bystanders
 
 ROUNDS, QUICK_ROUNDS = 9, 3
 REPEATS = 168  # of three tokens each: with what surrounds them, 512 tokens
@@ -62,13 +63,15 @@ def known_beginning(run: lesson.Run) -> None:
     run.predict("A hit copies 512 tokens in milliseconds instead of computing them.")
     mine, theirs = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
     rounds = QUICK_ROUNDS if run.quick else ROUNDS
+    told, bystanders = [], Bystanders()
     with servers.ours(run.device, API_KEYS=f"{mine},{theirs}") as server:
         asyncio.run(round_of(server, mine, theirs))  # warms up
         with run.progress("prefix", rounds) as advance:
-            told = []
             for _ in range(rounds):
-                told.append(asyncio.run(round_of(server, mine, theirs)))
+                with bystanders.watched([server.pid]):
+                    told.append(asyncio.run(round_of(server, mine, theirs)))
                 advance()
+    bystanders.tell(run)
     for reply in (reply for replies in told for reply in replies.values()):
         if not reply.ok:
             raise ValueError(f"Expected an answer, found {reply.error}.")
@@ -78,10 +81,12 @@ def known_beginning(run: lesson.Run) -> None:
 def show_results(run: lesson.Run, told: list[dict[str, Reply]]) -> None:
     """The table, each case beside its bar."""
     times = {
-        case: Series([1000 * (replies[case].first_token_s or 0) for replies in told])
+        case: Series(
+            tuple(1000 * (replies[case].first_token_s or 0) for replies in told)
+        )
         for case in told[0]
     }
-    bars = {COLD: "", SAME: f">= {BAR}", OTHER: f">= {BAR}", TENANT: "0 cached"}
+    bars = {COLD: "", SAME: f">= {BAR}", OTHER: "", TENANT: "0 cached"}
     rows: list[list[Cell]] = []
     for case, series in times.items():
         reply, sooner = told[-1][case], Paired(times[COLD], series).ratio()
@@ -90,11 +95,13 @@ def show_results(run: lesson.Run, told: list[dict[str, Reply]]) -> None:
     columns = ["prompt", ("length", "tokens"), ("cached", "tokens")]
     columns += [("first token, median", "ms"), ("spread", "ms")]
     columns += [("sooner", "times"), "bar", "n"]
-    run.table(Table("Time to first token", columns, rows))
+    note = "What is not cached is read: another question takes as long as it is."
+    run.table(Table("Time to first token", columns, rows, note))
     strangers = max(replies[TENANT].cached_tokens for replies in told)
+    sooner = Paired(times[COLD], times[SAME]).ratio().value
     run.conclude(
-        f"A hit brings the first token {Paired(times[COLD], times[SAME]).ratio().value:.0f} "
-        f"times sooner; another tenant got {strangers} tokens from the cache."
+        f"A hit brings the first token {sooner:.0f} times sooner (bar: {BAR}); another "
+        f"tenant got {strangers} tokens from the cache (bar: 0)."
     )
 
 

@@ -21,7 +21,10 @@ def conversation(number: int) -> list[dict[str, str]]:
     """
     place, person = PLACES[number % len(PLACES)], PEOPLE[number % len(PEOPLE)]
     return [
-        {"role": "system", "content": f"{number:05d}. You tell long and vivid stories."},
+        {
+            "role": "system",
+            "content": f"{number:05d}. You tell long and vivid stories.",
+        },
         {"role": "user", "content": f"Tell a long story of a {person} in a {place}."},
     ]
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-import llama_cpp
+import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 from tests.benchmarks.prompts import VOCABULARY, random_ids

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 THREADS = len(os.sched_getaffinity(0))  # the same for every rival
 DEADLINE_S = 300.0  # for one answer; the first one may build the model
 DISTURBED = 0.05  # of the machine: with more in other hands, figures are doubtful
+LAST_WORDS = 2000  # bytes of a dead child's output that an error shows
 TICKS = os.sysconf("SC_CLK_TCK")  # a second of the kernel's accounts
 
 Turn = Callable[[], Any]
@@ -95,16 +96,18 @@ class Worker:
         Raises:
             ChildError: it ended, or gave no answer in time.
         """
-        assert self.process.stdin and self.process.stdout
+        writing, reading = self.process.stdin, self.process.stdout
+        assert writing is not None
+        assert reading is not None
         line = ""
         try:
             print(
                 json.dumps({"question": question, **details}),
-                file=self.process.stdin,
+                file=writing,
                 flush=True,
             )
-            if select.select([self.process.stdout], [], [], DEADLINE_S)[0]:
-                line = self.process.stdout.readline()
+            if select.select([reading], [], [], DEADLINE_S)[0]:
+                line = reading.readline()
         except BrokenPipeError:
             pass  # it is dead: told below, with its last words
         if not line:
@@ -115,8 +118,10 @@ class Worker:
         return json.loads(line)
 
     def _last_words(self) -> str:
-        self._log.seek(0)
-        return self._log.read().decode("utf-8", "replace")[-2000:]
+        size = os.fstat(self._log.fileno()).st_size
+        # pread leaves alone the position that the child is writing at.
+        tail = os.pread(self._log.fileno(), LAST_WORDS, max(0, size - LAST_WORDS))
+        return tail.decode("utf-8", "replace")
 
 
 @contextmanager
