@@ -40,7 +40,13 @@ from starlette.exceptions import HTTPException
 
 from course import lesson
 from course.measure import Series
-from models.errors import EngineClosed, GrammarError, ModelError, PromptTooLong
+from models.errors import (
+    EngineClosed,
+    GrammarError,
+    ModelError,
+    PromptTooLong,
+    TooLate,
+)
 from serving import answers, contract, pages, protocol, server, trials
 from serving.asgi import Edge
 from serving.errors import ApiError, failed_answer, http_error, invalid_request
@@ -335,6 +341,8 @@ def explain(error: Exception) -> ApiError:
             return over_budget(error)
         case EngineClosed():
             return failed_answer("cancelled")
+        case TooLate():
+            return failed_answer("deadline")
         case ModelError():
             return failed_answer("error")
     raise error

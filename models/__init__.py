@@ -30,6 +30,7 @@ from models.errors import (
     GrammarError,
     ModelError,
     PromptTooLong,
+    TooLate,
 )
 from models.sampling import Sampling
 
@@ -50,6 +51,7 @@ __all__ = [
     "Sampling",
     "Snapshot",
     "Token",
+    "TooLate",
     "load",
 ]
 

@@ -13,6 +13,10 @@ class GrammarError(ModelError, ValueError):
     """The grammar is wrong, unsupported, or would cost too much to follow."""
 
 
+class TooLate(ModelError):
+    """The deadline passed before the whole result was there."""
+
+
 class EngineClosed(ModelError):
     """The engine has been closed: it takes no more work."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from models import build
 from models.engine import Engine, Job, Piece, Token
-from models.errors import ModelError
+from models.errors import ModelError, TooLate
 from models.runtime import Runtime, usable_cores
 from models.sampling import Sampling
 from models.text import Tokenizer
@@ -292,7 +292,7 @@ class Model:
         streams = [
             SyncStream(self.engine, ids, sampling, tenant, None)
             for text in texts
-            for ids, sampling in self._questions(text, labels)
+            for ids, sampling in self.questions(text, labels)
         ]
         scores = [_score(list(stream)) for stream in streams]
         return _probabilities(scores, labels)
@@ -310,47 +310,56 @@ class Model:
         streams: list[AsyncStream] = []
         try:
             for text in texts:
-                for ids, sampling in self._questions(text, labels):
+                for ids, sampling in self.questions(text, labels):
                     streams.append(
                         self.submit(ids, sampling, tenant=tenant, deadline_s=deadline_s)
                     )
+                await asyncio.sleep(0)  # a long list must not hold up other streams
             scores = [_score([piece async for piece in stream]) for stream in streams]
         finally:
             for stream in streams:
                 stream.cancel()
         return _probabilities(scores, labels)
 
-    def _questions(
+    def questions(
         self, text: str, labels: Sequence[str]
-    ) -> Iterator[tuple[list[int], Sampling]]:
-        """One prompt and one forced answer a label; the prompt is computed once.
+    ) -> list[tuple[list[int], Sampling]]:
+        """What `classify` asks the engine: for each label, a prompt and an answer.
 
-        (The first label's prompt is shared with the others by the prefix cache.)
+        The prompt is the same for all of them, so that it is computed once: the prefix
+        cache has it from the second label on.
         """
         if len(set(labels)) < 2 or len(set(labels)) < len(labels):
             raise ValueError(
                 f"labels: expected at least two different ones, found {list(labels)!r};"
                 " name the classes"
             )
-        question = (
+        ids = self.prompt(
             f"Which of these labels fits the text best: {', '.join(labels)}?\n"
             f"Text: {text}\nAnswer with the label only."
         )
-        ids = self.prompt(question)
-        for label in labels:
-            # The end token too: "no" must not win because "not sure" begins alike.
-            forced = (*self.tokenizer.encode(label), self.tokenizer.turn_end)
-            yield (
-                ids,
-                Sampling(max_tokens=len(forced), logprobs=0, forced=forced),
-            )
+        # The end token too: "no" must not win because "not sure" begins alike.
+        answers = [
+            (*self.tokenizer.encode(label), self.tokenizer.turn_end) for label in labels
+        ]
+        return [
+            (ids, Sampling(max_tokens=len(answer), logprobs=0, forced=answer))
+            for answer in answers
+        ]
 
 
 def _score(pieces: Sequence[Piece]) -> float:
-    if pieces[-1].finish_reason not in ("stop", "length"):
+    """The log-likelihood of a forced answer."""
+    reason = pieces[-1].finish_reason
+    if reason == "deadline":
+        raise TooLate(
+            "classify: expected every label to be scored in time, found the deadline "
+            "passed; send fewer texts or labels, or allow more time"
+        )
+    if reason != "stop":
         raise ModelError(
             "classify: expected every label to be scored, found that scoring ended by "
-            f"{pieces[-1].finish_reason!r}; try again"
+            f"{reason!r}; try again"
         )
     return sum(token.logprob for piece in pieces for token in piece.tokens)
 

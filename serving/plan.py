@@ -163,9 +163,17 @@ async def plan_classification(
 ) -> Classification:
     """Understand texts and labels: each text is read once, each label after it."""
     check_answers(len(body.texts) * len(body.labels), settings.max_answers)
-    texts = sum(map(len, await read_prompts(model, body.texts)))
-    labels = sum(map(len, await read_prompts(model, body.labels)))
-    tokens = texts + labels * len(body.texts)
+    for text in body.texts:
+        _check_chars(model, len(text))
+    questions = await _checked(
+        lambda: [model.questions(text, body.labels) for text in body.texts],
+        in_thread=sum(map(len, body.texts)) > LONG_CHARS,
+    )
+    prompts = sum(len(asked[0][0]) for asked in questions)
+    answers = [label.forced for asked in questions for _, label in asked]
+    tokens = prompts + sum(
+        len(label.forced) for asked in questions for _, label in asked
+    )
     deadline_s = settings.request_timeout_s
     return Classification(body.texts, body.labels, model.name, tokens, deadline_s)
 
