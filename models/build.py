@@ -82,7 +82,7 @@ def find(folder: Path, precision: str) -> Files | None:
         record = json.loads(_record(folder, precision).read_text())
         expected = {name: record["files"][name] for name in _names(precision)}
         current = record["format"] == FORMAT and record["source"] == GGUF_SHA256
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
         path = _record(folder, precision)
@@ -167,7 +167,7 @@ def _writable(folder: Path):
             raise
         raise BuildError(
             f"{folder}: expected to write the model's files here, found: "
-            f"{os.strerror(error.errno)}; free some space, or name another folder with MODEL_DIR"
+            f"{error.strerror}; free some space, or name another folder with MODEL_DIR"
         ) from error
 
 

@@ -334,14 +334,12 @@ class Model:
                 f"labels: expected at least two different ones, found {list(labels)!r};"
                 " name the classes"
             )
-        ids = self.prompt(
-            f"Which of these labels fits the text best: {', '.join(labels)}?\n"
-            f"Text: {text}\nAnswer with the label only."
-        )
-        # The end token too: "no" must not win because "not sure" begins alike.
-        answers = [
-            (*self.tokenizer.encode(label), self.tokenizer.turn_end) for label in labels
-        ]
+        # A form to complete, not a chat: asked in a chat, so small a model names the
+        # first label whatever the text is.
+        form = f"Labels: {', '.join(labels)}\n\nText: {text}\nLabel:"
+        ids = self.tokenizer.encode(form)
+        # The line's end too: "no" must not win because "not sure" begins alike.
+        answers = [tuple(self.tokenizer.encode(f" {label}\n")) for label in labels]
         return [
             (ids, Sampling(max_tokens=len(answer), logprobs=0, forced=answer))
             for answer in answers

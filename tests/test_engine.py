@@ -6,25 +6,27 @@ import asyncio
 import json
 import random
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.benchmarks.exactness import TEXTS, log_softmax, open_graph
-from tests.conftest import idle
 
 import models
 from models import Sampling, build, grammar
-from models.text import Tokenizer
 from models.engine import ALONE, CHUNK, SHORTEST_HIT, TILE, chunk_size
 from models.model import SyncStream
 from models.runtime import Runtime, usable_cores
+from models.text import Tokenizer
+from tests.benchmarks.exactness import TEXTS, log_softmax, open_graph
+from tests.conftest import idle
 
 Answer = list[tuple[int, float]]  # token ids and their log-probabilities
 DEADLINE_S = 60.0  # of every wait: reached by a hang alone
@@ -122,7 +124,7 @@ class Strangers:
                     break
 
     def _request(self, choose: random.Random) -> SyncStream:
-        length = choose.choice([1, 9, 20, 33, 33, 60, 129, 300])
+        length = choose.choice([1, 9, 20, 20, 33, 33, 60, 129])
         kind = choose.choice(["greedy", "plain", "warm", "regex", "penalty"])
         return ask(
             self._model,
@@ -144,22 +146,17 @@ SUBJECTS = (cut(9), cut(40, 100), cut(129, 200), cut(257, 300))
 def alone(subject: int) -> Answer:
     """The answer to one of `SUBJECTS` in an engine that has nothing else to do."""
     with models.load(rows=1, shelf=0) as model:
-        return answer(ask(model, SUBJECTS[subject]))
+        return answer(ask(model, SUBJECTS[subject], max_tokens=16))
 
 
-@pytest.mark.parametrize("strangers", [7, 15, 31])
-def test_an_answer_is_the_same_among_strangers(model: models.Model, strangers: int):
-    with Strangers(model, strangers):
-        for place in range(3 if strangers == 31 else 4):
-            stream = ask(model, SUBJECTS[place], tenant=f"subject of {strangers}")
-            assert answer(stream) == alone(place)
-            assert stream.cached_tokens == 0
-
-
-def test_several_answers_are_the_same_among_strangers(model: models.Model):
-    with Strangers(model, 12):
-        streams = [ask(model, ids, tenant="together") for ids in SUBJECTS]
+@pytest.mark.parametrize("others", [7, 15, 31])
+def test_an_answer_is_the_same_among_others(model: models.Model, others: int):
+    # Four at once, so that each is among three known ones and the strangers.
+    with Strangers(model, others - 3):
+        tenant = f"among {others}"
+        streams = [ask(model, ids, tenant=tenant, max_tokens=16) for ids in SUBJECTS]
         assert [answer(stream) for stream in streams] == [alone(i) for i in range(4)]
+    assert [stream.cached_tokens for stream in streams] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -168,9 +165,9 @@ def test_several_answers_are_the_same_among_strangers(model: models.Model):
 def test_how_a_prompt_is_cut_changes_nothing(small: models.Model, length: int):
     alone = answer(ask(small, cut(length), max_tokens=3))  # chunks of up to 512
     neighbour = ask(small, cut(20, 900), max_tokens=500, logit_bias=((2, -100),))
-    next(iter_ := iter(neighbour))  # from now on, chunks of up to 128
+    until(lambda: neighbour.completion_tokens)  # from now on, chunks of up to 128
     assert answer(ask(small, cut(length), max_tokens=3)) == alone
-    iter_.close()
+    neighbour.cancel()
 
 
 def test_a_row_that_moves_takes_its_newest_token_along(small: models.Model):
@@ -185,9 +182,7 @@ def test_a_row_that_moves_takes_its_newest_token_along(small: models.Model):
 
 
 def test_decode_computes_each_row_alike_in_batches_of_1_to_32():
-    runtime = Runtime(
-        build.ensure().graph, rows=33, context=80, threads=usable_cores()
-    )
+    runtime = Runtime(build.ensure().graph, rows=33, context=80, threads=usable_cores())
     lengths = [2 + (7 * row) % 50 for row in range(32)]
     tokens = [text_ids()[600 + row] for row in range(32)]
     for row, length in enumerate(lengths):
@@ -202,18 +197,21 @@ def test_decode_computes_each_row_alike_in_batches_of_1_to_32():
         assert np.array_equal(one[0], crowd[row]), f"row {row} alone differs"
 
 
-@pytest.mark.parametrize("shared", [16, 17, 127, 128, 129, 200, 511, 512, 598, 599, 600])
-def test_a_prefix_hit_changes_nothing(
-    model: models.Model, small: models.Model, shared: int
-):
-    ids = cut(600)
-    before = ids[:shared] + cut(600 - shared, 1000)
-    tenant = f"prefix {shared}"
+@cache
+def cold() -> Answer:
+    """What follows 300 tokens that are all computed."""
+    with models.load(rows=1, shelf=0) as model:
+        return answer(ask(model, cut(300), max_tokens=5))
+
+
+@pytest.mark.parametrize("shared", [16, 127, 128, 129, 170, 298, 299, 300])
+def test_a_prefix_hit_changes_nothing(model: models.Model, shared: int):
+    before, tenant = cut(shared) + cut(300 - shared, 1000), f"prefix {shared}"
     answer(ask(model, before, tenant=tenant, max_tokens=1))
-    hit = ask(model, ids, tenant=tenant, max_tokens=6)
-    assert answer(hit) == answer(ask(small, ids, max_tokens=6))
+    hit = ask(model, cut(300), tenant=tenant, max_tokens=5)
+    assert answer(hit) == cold()
     # The two texts may go on alike by chance.
-    assert min(shared, 598) <= hit.cached_tokens <= min(shared + 2, 598)
+    assert min(shared, 298) <= hit.cached_tokens <= min(shared + 2, 298)
 
 
 def test_another_tenant_gets_no_hit(model: models.Model):
@@ -315,8 +313,8 @@ def test_cancelling_in_prefill_frees_the_row_within_a_step(small: models.Model):
 
 def test_cancelling_in_the_queue_leaves_the_others_alone(small: models.Model):
     prompts = [cut(20, 30 * place) for place in range(4)]
-    expected = [answer(ask(small, ids, max_tokens=30)) for ids in prompts]
-    running = [ask(small, ids, max_tokens=30) for ids in prompts]
+    expected = [answer(ask(small, ids, max_tokens=20)) for ids in prompts]
+    running = [ask(small, ids, max_tokens=20) for ids in prompts]
     until(lambda: all(stream.completion_tokens for stream in running))
     waiting = [ask(small, cut(20, 500 + place), max_tokens=2) for place in range(3)]
     assert small.engine.snapshot().queued == 3
@@ -369,7 +367,7 @@ def test_a_stream_read_again_has_nothing_more(small: models.Model):
 
 
 def test_who_never_reads_stalls_nobody(small: models.Model):
-    silent = [ask(small, cut(20, place), max_tokens=200) for place in range(3)]
+    silent = [ask(small, cut(20, place), max_tokens=60) for place in range(3)]
     assert answer(ask(small, cut(20, 90), max_tokens=30))
     until(lambda: all(stream.finish_reason for stream in silent))
     assert sum(len(answer(stream)) for stream in silent) == sum(
@@ -434,14 +432,18 @@ def test_news_of_an_earlier_piece_may_come_late(
     def late(job, piece):
         if piece.finish_reason is not None:
             heard = threading.Event()
-            loop.call_soon_threadsafe(lambda: (job.notify.__self__._wake([job]), heard.set()))
+            loop.call_soon_threadsafe(
+                lambda: (job.notify.__self__._wake([job]), heard.set())
+            )
             assert heard.wait(DEADLINE_S)
         put(job, piece)
 
     async def one() -> Answer:
         nonlocal loop
         loop = asyncio.get_running_loop()
-        return await answer_async(small.submit(cut(9), Sampling(max_tokens=4, logprobs=0)))
+        return await answer_async(
+            small.submit(cut(9), Sampling(max_tokens=4, logprobs=0))
+        )
 
     loop: asyncio.AbstractEventLoop
     monkeypatch.setattr(small.engine, "_put", late)
@@ -505,31 +507,31 @@ def test_json_that_a_schema_allows(model: models.Model):
 
 
 def test_text_that_an_expression_matches(model: models.Model):
-    pattern = r"[A-Z]{2}-[0-9]{4}(; [a-z]+ [0-9])?"
-    for seed in range(4):
-        stream = ask(
-            model, cut(30), temperature=1.5, seed=seed, grammar=grammar.regex(pattern)
-        )
-        assert re.fullmatch(pattern, text(stream))
+    pattern = r"[A-Z]{2}-[0-9]{4}(; [a-z]{1,8} [0-9])?"
+    asked = {"grammar": grammar.regex(pattern), "temperature": 1.5}
+    streams = [ask(model, cut(30), seed=seed, **asked) for seed in range(6)]
+    assert all(re.fullmatch(pattern, text(stream)) for stream in streams)
 
 
 def test_a_grammar_that_fails_in_mid_answer_ends_that_answer_only(
-    small: models.Model,
+    small: models.Model, monkeypatch: pytest.MonkeyPatch
 ):
     expected = answer(ask(small, cut(30, 60), max_tokens=30))
     others = [ask(small, cut(30, 60), max_tokens=30)]
     stream = ask(small, cut(30), grammar=grammar.regex("[a-z ]{50,90}"), max_tokens=40)
     others.append(ask(small, cut(30, 60), max_tokens=30))
     matcher, accepted = stream._job.sampler._matcher, 0
+    assert matcher is not None
+    accept_one = matcher.accept
 
     def accept(id: int) -> None:
         nonlocal accepted
         accepted += 1
         if accepted > 5:
             raise models.GrammarError("regex: too costly from here on")
-        type(matcher).accept(matcher, id)
+        accept_one(id)
 
-    matcher.accept = accept
+    monkeypatch.setattr(matcher, "accept", accept)
     text(stream)
     assert (stream.finish_reason, stream.completion_tokens) == ("error", 5)
     assert stream.error == "regex: too costly from here on"
@@ -537,13 +539,36 @@ def test_a_grammar_that_fails_in_mid_answer_ends_that_answer_only(
 
 
 def test_classify_prefers_the_right_label(model: models.Model):
-    labels = ["happy", "angry"]
-    found = model.classify(["What a lovely day, thank you!", "I hate this."], labels)
-    assert [max(one, key=one.get) for one in found] == labels
+    # All but one of these at least: the model is small, but it does read the text.
+    labels = ["positive", "negative"]
+    asked = {
+        "I love this!": "positive",
+        "This is terrible, I hate it.": "negative",
+        "Quick delivery and perfect fit": "positive",
+        "The battery dies within an hour": "negative",
+        "My kids adore it": "positive",
+        "What a waste of two hours": "negative",
+    }
+    found = model.classify(list(asked), labels)
+    best = [max(one, key=one.__getitem__) for one in found]
+    right = sum(a == b for a, b in zip(best, asked.values(), strict=True))
+    assert right >= len(asked) - 1
     assert all(sum(one.values()) == pytest.approx(1) for one in found)
     with Strangers(model, 6):
-        text = "What a lovely day, thank you!"
-        assert run(model.classify_async(text, labels)) == found[:1]
+        assert run(model.classify_async("I love this!", labels)) == found[:1]
+
+
+def test_a_label_is_scored_by_the_text_that_ends_with_it(model: models.Model):
+    labels = ["no", "not sure"]
+    questions = model.questions("Will it rain?", labels)
+    graph, scores = open_graph(build.ensure()), []
+    for ids, sampling in questions:
+        whole = log_softmax(graph.every_logit([*ids, *sampling.forced]))
+        places = np.arange(len(ids) - 1, len(whole) - 1), list(sampling.forced)
+        scores.append(float(whole[places].sum()))
+    (found,) = model.classify("Will it rain?", labels)
+    odds = np.log(found["no"] / found["not sure"])
+    assert odds == pytest.approx(scores[0] - scores[1], abs=0.5)
 
 
 # Bad input, and the ends of what fits.
@@ -552,7 +577,7 @@ def test_classify_prefers_the_right_label(model: models.Model):
 @pytest.mark.parametrize("length", [0, 2048, 100_000])
 def test_a_prompt_that_does_not_fit_is_refused(small: models.Model, length: int):
     with pytest.raises(models.PromptTooLong, match=f"1 to 2047 tokens, found {length}"):
-        small.stream([5] * length if length else cut(0))._job  # noqa: B018
+        ask(small, [5] * length)
     assert small.engine.snapshot().queued == 0
 
 
@@ -577,7 +602,7 @@ def test_a_full_context_ends_an_answer_by_length():
 @pytest.mark.parametrize(
     "wrong", [{"rows": 0}, {"shelf": -1}, {"context": 0}, {"context": 8193}]
 )
-def test_impossible_sizes_are_refused(wrong: dict[str, int]):
+def test_impossible_sizes_are_refused(wrong: dict[str, Any]):
     with pytest.raises(models.ModelError, match=f"{next(iter(wrong))}: expected"):
         models.load(**wrong)
 
@@ -627,7 +652,7 @@ def test_a_failing_runtime_ends_every_answer_with_the_reason(
         assert ends <= {"error", "length", "stop"}
         failed = [one for one in streams if one.finish_reason == "error"]
         assert all("out of memory on the moon" in (one.error or "") for one in failed)
-        with pytest.raises(models.EngineClosed, match="moon.*load the model again"):
+        with pytest.raises(models.EngineClosed, match=r"moon.*load the model again"):
             ask(model, cut(5))
         assert model.engine.snapshot().active == model.engine.snapshot().queued == 0
 
@@ -635,7 +660,18 @@ def test_a_failing_runtime_ends_every_answer_with_the_reason(
 # All of it at once.
 
 
-def test_many_submit_while_the_engine_looks_through_its_queue(small: models.Model):
+@pytest.fixture
+def hasty_threads() -> Iterator[None]:
+    """Threads take turns every few instructions: races come to light."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
+def test_many_submit_while_the_engine_looks_through_its_queue(
+    small: models.Model, hasty_threads: None
+):
     def burst(number: int) -> None:
         streams = [ask(small, cut(2, number), max_tokens=1) for _ in range(400)]
         for stream in streams:

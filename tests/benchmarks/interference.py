@@ -26,7 +26,7 @@ from tests.benchmarks.turns import Bystanders
 
 NEIGHBOURS = 4
 TOKENS = 96  # of their answers
-REPEATS = 281  # of three tokens each: with what surrounds them, 900 tokens
+REPEATS = 292  # of three tokens each: with what surrounds them, 900 tokens
 HEAD_START_S = 0.6  # until the newcomer: the neighbours' prompts are read by then
 ROUNDS, QUICK_ROUNDS = 10, 3
 NUMBERS = itertools.count(10_000)
@@ -44,8 +44,10 @@ class Round:
 
 def long_prompt() -> dict[str, Any]:
     number = next(NUMBERS)
-    content = f"{number:05d}" + " and so on" * REPEATS
-    messages = [{"role": "user", "content": f"{content}. What is this about?"}]
+    messages = [
+        {"role": "system", "content": f"{number:05d}" + " and so on" * REPEATS},
+        {"role": "user", "content": "What is this about?"},
+    ]
     return {**request(number, tokens=4), "messages": messages}
 
 
@@ -85,11 +87,14 @@ def a_long_prompt(run: lesson.Run) -> None:
     rounds = QUICK_ROUNDS if run.quick else ROUNDS
     visits, bystanders = [], Bystanders()
     with servers.ours(run.device) as server:
-        asyncio.run(visit(server))  # warms up
+
+        def one_visit() -> Round:
+            return asyncio.run(visit(server))
+
+        one_visit()  # warms up
         with run.progress("interference", rounds) as advance:
             for _ in range(rounds):
-                with bystanders.watched([server.pid]):
-                    visits.append(asyncio.run(visit(server)))
+                visits.append(bystanders.watch([server.pid], one_visit))
                 advance()
     bystanders.tell(run)
     show_results(run, visits)

@@ -3,8 +3,8 @@
 The same short answer to the same prompt, which the prefix cache holds, once through
 HTTP and once by `model.submit` in a process of its own. The two take turns.
 
-Wall time is the whole way of a request, the client's share (Python's `http.client`
-on a connection that stays open) included. CPU time is that of the main thread, which
+Wall time is the whole way of a request, with the client's share: it writes and reads
+bytes on a connection that stays open. CPU time is that of the main thread, which
 runs the event loop: everything but the engine's own thread and onnxruntime's, whose
 waiting costs CPU too and would drown the rest.
 
@@ -14,11 +14,12 @@ Run it:     python -m tests.benchmarks.overhead [--quick]        half a minute
 from __future__ import annotations
 
 import json
+import re
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +43,39 @@ Figures = dict[str, float]  # wall_s and cpu_s of one request
 
 def through_http(server: Server, tokens: int, requests: int, stream: bool) -> Figures:
     """Median wall time and mean CPU time of a request, in seconds."""
-    connection = HTTPConnection("127.0.0.1", server.port)
     body = json.dumps({**request(1, tokens), "stream": stream}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+    message = f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + body
     times, cpu = [], 0.0
-    for number in range(WARM + requests):
-        if number == WARM:
-            cpu = main_thread_s(server.pid)
-        started = time.perf_counter()
-        connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        content = answer.read()
-        times.append(time.perf_counter() - started)
-        if answer.status != 200:
-            raise ValueError(f"Expected 200, found {answer.status}: {content!r}")
-    cpu = main_thread_s(server.pid) - cpu
-    connection.close()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        for number in range(WARM + requests):
+            if number == WARM:
+                cpu = main_thread_s(server.pid)
+            started = time.perf_counter()
+            answer = exchange(connection, message)
+            times.append(time.perf_counter() - started)
+            if not answer.startswith(b"HTTP/1.1 200"):
+                raise ValueError(f"Expected status 200, found {answer!r}.")
+        cpu = main_thread_s(server.pid) - cpu
     return {"wall_s": Series(tuple(times[WARM:])).median, "cpu_s": cpu / requests}
+
+
+def exchange(connection: socket.socket, message: bytes) -> bytes:
+    """Sends a request and reads its answer to the end."""
+    connection.sendall(message)
+    answer = b""
+    while not is_whole(answer):
+        if not (more := connection.recv(65_536)):
+            raise EOFError(f"Expected a whole answer, found an end after {answer!r}.")
+        answer += more
+    return answer
+
+
+def is_whole(answer: bytes) -> bool:
+    """Whether the body is complete: as long as announced, or its last chunk is here."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: (\d+)", head)
+    return len(body) >= int(length[1]) if length else body.endswith(b"\r\n0\r\n\r\n")
 
 
 def main_thread_s(pid: int) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from course import lesson
 from course.load import poisson_arrivals, run_closed_loop, run_open_loop, summarise
@@ -64,12 +65,15 @@ def more_than_capacity(run: lesson.Run) -> None:
     results: dict[int, Sequence[Outcome]] = {}
     bystanders = Bystanders()
     with servers.ours(run.device, TTFT_TARGET_MS=str(TARGET_MS)) as server:
-        best = asyncio.run(capacity(server))
+
+        def told(what: Callable[..., Any], *details: float) -> Any:
+            work = lambda: asyncio.run(what(server, *details))  # noqa: E731
+            return bystanders.watch([server.pid], work)
+
+        best = told(capacity)
         with run.progress("overload", len(LOADS)) as advance:
             for load in LOADS:
-                with bystanders.watched([server.pid]):
-                    told = asyncio.run(arrive(server, load * best, seconds, load))
-                results[load] = told
+                results[load] = told(arrive, load * best, seconds, load)
                 advance()
     bystanders.tell(run)
     show_results(run, best, results)

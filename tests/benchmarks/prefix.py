@@ -65,11 +65,14 @@ def known_beginning(run: lesson.Run) -> None:
     rounds = QUICK_ROUNDS if run.quick else ROUNDS
     told, bystanders = [], Bystanders()
     with servers.ours(run.device, API_KEYS=f"{mine},{theirs}") as server:
-        asyncio.run(round_of(server, mine, theirs))  # warms up
+
+        def one_round() -> dict[str, Reply]:
+            return asyncio.run(round_of(server, mine, theirs))
+
+        one_round()  # warms up
         with run.progress("prefix", rounds) as advance:
             for _ in range(rounds):
-                with bystanders.watched([server.pid]):
-                    told.append(asyncio.run(round_of(server, mine, theirs)))
+                told.append(bystanders.watch([server.pid], one_round))
                 advance()
     bystanders.tell(run)
     for reply in (reply for replies in told for reply in replies.values()):
