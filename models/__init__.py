@@ -16,6 +16,7 @@ Servers use the same model from asyncio, many answers at a time:
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,8 @@ from models.errors import (
 from models.sampling import Sampling
 
 if TYPE_CHECKING:
-    from models.engine import Piece, Snapshot, Token
+    from models.engine import Snapshot
+    from models.job import Piece, Token
     from models.model import AsyncStream, Completion, Model
 
 __all__ = [
@@ -90,12 +92,16 @@ def load(
 
 def __getattr__(name: str):
     # onnxruntime takes 0.1 s to import: only who uses it pays.
-    if name in ("Piece", "Snapshot", "Token"):
-        from models import engine
-
-        return getattr(engine, name)
-    if name in ("AsyncStream", "Completion", "Model"):
-        from models import model
-
-        return getattr(model, name)
+    if name in _ROOMS:
+        return getattr(importlib.import_module(f"models.{_ROOMS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_ROOMS = {
+    "AsyncStream": "model",
+    "Completion": "model",
+    "Model": "model",
+    "Piece": "job",
+    "Snapshot": "engine",
+    "Token": "job",
+}

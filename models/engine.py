@@ -30,35 +30,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from models.errors import EngineClosed, ModelError, PromptTooLong
+from models.job import Job, Piece, Token
 from models.runtime import Runtime
 from models.sampling import Draw, Sampler, Sampling, greedy
-from models.text import Detokenizer, Tokenizer
+from models.text import Tokenizer
 
 CHUNK = 128  # prompt tokens a step while answers are in progress: about 80 ms
 ALONE = 512  # prompt tokens a step while nobody waits for a token
 TILE = 128  # positions that onnxruntime's attention computes together
 SHORTEST_HIT = 16  # tokens; copying fewer saves nothing
 SMOOTHING = 0.1  # weight of the newest measurement in a running mean
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One generated token. `top` are the likeliest: (id, text, bytes, logprob)."""
-
-    id: int
-    text: str
-    bytes: bytes
-    logprob: float
-    top: tuple[tuple[int, str, bytes, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one step added to an answer."""
-
-    text: str
-    tokens: tuple[Token, ...] = ()  # only where log-probabilities were asked for
-    finish_reason: str | None = None  # stop, length, cancelled, deadline or error
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,42 +59,6 @@ class Snapshot:
     cached_tokens: int
     generated_tokens: int
     finished: dict[str, int]  # answers by finish reason
-
-
-class Job:
-    """One answer on its way through the engine. Written by the engine's thread."""
-
-    def __init__(
-        self,
-        ids: Sequence[int],
-        sampling: Sampling,
-        sampler: Sampler,
-        tokenizer: Tokenizer,
-        tenant: str,
-        deadline_s: float | None,
-        notify: Callable[[list[Job]], None],
-    ) -> None:
-        self.ids = np.asarray(ids, np.int64)
-        self.sampling, self.sampler, self.tenant = sampling, sampler, tenant
-        self.detokenizer = Detokenizer(tokenizer, sampling.stop)
-        self.notify = notify
-        self.submitted = time.monotonic()
-        self.deadline = self.submitted + deadline_s if deadline_s is not None else None
-        self.pending: deque[Piece] = deque()
-        self.cancelled = False
-        self.finish_reason: str | None = None
-        self.complete = False  # whether the last piece is in `pending`, or was taken
-        self.error: str | None = None
-        self.queued_s = self.first_token_s = 0.0
-        self.cached = 0  # prompt tokens copied from another answer's
-        self.filled = 0  # prompt tokens in the cache
-        self.generated = 0
-        self.last = 0  # the newest token, not in the cache yet
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache while decoding: all but the newest."""
-        return len(self.ids) + self.generated - 1
 
 
 @dataclass(slots=True)

@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from models import build
-from models.engine import Engine, Job, Piece, Token
+from models.engine import Engine
 from models.errors import ModelError, TooLate
+from models.job import Job, Piece, Token
 from models.runtime import Runtime, usable_cores
 from models.sampling import Sampling
 from models.text import Tokenizer

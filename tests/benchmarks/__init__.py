@@ -12,3 +12,5 @@ Each prints its tables and ends with 0, whatever the figures are: a figure is no
 All take `--quick` and `--json PATH`, and say in `--help` how long they run. None is
 part of the tests, because a test must not depend on how busy the machine is.
 """
+
+AFTER_LESSONS = 100  # their place in the report

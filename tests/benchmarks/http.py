@@ -31,7 +31,7 @@ from course.load import run_closed_loop
 from course.measure import Paired, Series
 from course.request import Outcome
 from course.show import Cell, Table
-from tests.benchmarks import servers
+from tests.benchmarks import AFTER_LESSONS, servers
 from tests.benchmarks.client import Reply, ask
 from tests.benchmarks.prompts import request
 from tests.benchmarks.rows import gguf_file, spelled
@@ -187,7 +187,11 @@ SECTIONS = [lesson.Section("Over HTTP", over_http)]
 def main(argv: list[str] | None = None) -> int:
     """Measure both and print the table."""
     return lesson.run(
-        doc=__doc__, sections=SECTIONS, argv=argv, add_arguments=add_arguments
+        doc=__doc__,
+        sections=SECTIONS,
+        argv=argv,
+        number=AFTER_LESSONS,
+        add_arguments=add_arguments,
     )
 
 

@@ -18,7 +18,7 @@ from course import lesson
 from course.measure import Series
 from course.show import Table
 from models.engine import CHUNK
-from tests.benchmarks import servers
+from tests.benchmarks import AFTER_LESSONS, servers
 from tests.benchmarks.client import Reply, ask
 from tests.benchmarks.prompts import request
 from tests.benchmarks.servers import Server
@@ -130,7 +130,7 @@ SECTIONS = [lesson.Section("A long prompt", a_long_prompt)]
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print the table."""
-    return lesson.run(doc=__doc__, sections=SECTIONS, argv=argv)
+    return lesson.run(doc=__doc__, sections=SECTIONS, argv=argv, number=AFTER_LESSONS)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 from course import lesson
 from course.measure import Series
 from course.show import Cell, Table
-from tests.benchmarks import servers
+from tests.benchmarks import AFTER_LESSONS, servers
 from tests.benchmarks.prompts import request
 from tests.benchmarks.servers import CHAT, Server
 from tests.benchmarks.turns import Bystanders, Worker, in_turns, worker
@@ -170,7 +170,7 @@ SECTIONS = [
 
 def main(argv: list[str] | None = None) -> int:
     """Measure both and print the tables."""
-    return lesson.run(doc=__doc__, sections=SECTIONS, argv=argv)
+    return lesson.run(doc=__doc__, sections=SECTIONS, argv=argv, number=AFTER_LESSONS)
 
 
 if __name__ == "__main__":

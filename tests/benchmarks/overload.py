@@ -21,7 +21,7 @@ from course.load import poisson_arrivals, run_closed_loop, run_open_loop, summar
 from course.measure import Series
 from course.request import Outcome
 from course.show import Cell, Table
-from tests.benchmarks import servers
+from tests.benchmarks import AFTER_LESSONS, servers
 from tests.benchmarks.client import ask
 from tests.benchmarks.prompts import request
 from tests.benchmarks.servers import Server
@@ -120,7 +120,7 @@ SECTIONS = [lesson.Section("More than capacity", more_than_capacity)]
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print the table."""
-    return lesson.run(doc=__doc__, sections=SECTIONS, argv=argv)
+    return lesson.run(doc=__doc__, sections=SECTIONS, argv=argv, number=AFTER_LESSONS)
 
 
 if __name__ == "__main__":

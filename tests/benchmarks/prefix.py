@@ -17,7 +17,7 @@ from typing import Any
 from course import lesson
 from course.measure import Paired, Series
 from course.show import Cell, Table
-from tests.benchmarks import servers
+from tests.benchmarks import AFTER_LESSONS, servers
 from tests.benchmarks.client import Reply, ask
 from tests.benchmarks.prompts import request
 from tests.benchmarks.rows import spelled
@@ -113,7 +113,7 @@ SECTIONS = [lesson.Section("A known beginning", known_beginning)]
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print the table."""
-    return lesson.run(doc=__doc__, sections=SECTIONS, argv=argv)
+    return lesson.run(doc=__doc__, sections=SECTIONS, argv=argv, number=AFTER_LESSONS)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from typing import Any
 from course import lesson
 from course.measure import Paired, Percentile, Series
 from course.show import Cell, Table
+from tests.benchmarks import AFTER_LESSONS
 from tests.benchmarks.turns import (
     THREADS,
     Bystanders,
@@ -213,7 +214,11 @@ SECTIONS = [
 def main(argv: list[str] | None = None) -> int:
     """Measure both and print the tables."""
     return lesson.run(
-        doc=__doc__, sections=SECTIONS, argv=argv, add_arguments=add_arguments
+        doc=__doc__,
+        sections=SECTIONS,
+        argv=argv,
+        number=AFTER_LESSONS,
+        add_arguments=add_arguments,
     )
 
 

@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 THREADS = len(os.sched_getaffinity(0))  # the same for every rival
 DEADLINE_S = 300.0  # for one answer; the first one may build the model
 DISTURBED = 0.05  # of the machine: with more in other hands, figures are doubtful
-ATTEMPTS = 3  # at one measurement, while others disturb it
+QUIET_S = 2.0  # without much of it: the machine is ours again
+PATIENCE_S = 60.0  # for measuring again while others disturb, in one table
 LAST_WORDS = 2000  # bytes of a dead child's output that an error shows
 TICKS = os.sysconf("SC_CLK_TCK")  # a second of the kernel's accounts
 
@@ -53,27 +54,35 @@ class Bystanders:
 
     def __init__(self) -> None:
         self.taken_s = self.offered_s = 0.0
-        self.repeated = 0
+        self.repeated, self.patience_s = 0, PATIENCE_S
 
     def watch(self, groups: Sequence[int], work: Callable[[], T]) -> T:
         """Does the work; does it anew if programs not in these groups did much.
 
-        What decides is their share alone, never the result. The last attempt counts
-        however it was: `tell` says what share of it was theirs.
+        What decides is their share alone, never the result. Once patience is at its
+        end, results count however they were: `tell` says what share was theirs.
         """
-        left = ATTEMPTS
         while True:
             busy, ours, began = _busy_s(), _used_s(groups), time.monotonic()
             result = work()
             taken_s = _busy_s() - busy - (_used_s(groups) - ours)
             offered_s = (time.monotonic() - began) * (os.cpu_count() or 1)
-            left -= 1
-            if taken_s <= DISTURBED * offered_s or not left:
+            if taken_s <= DISTURBED * offered_s or self.patience_s <= 0:
                 break
             self.repeated += 1
+            self._wait_for_quiet()
+            self.patience_s -= time.monotonic() - began
         self.taken_s += taken_s
         self.offered_s += offered_s
         return result
+
+    def _wait_for_quiet(self) -> None:
+        end = time.monotonic() + self.patience_s
+        quiet = False
+        while not quiet and time.monotonic() < end:
+            busy = _busy_s()
+            time.sleep(QUIET_S)
+            quiet = _busy_s() - busy <= DISTURBED * QUIET_S * (os.cpu_count() or 1)
 
     def tell(self, run: Run) -> None:
         """Says how much it was, and whether that is too much."""
