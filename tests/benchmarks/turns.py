@@ -89,7 +89,7 @@ class Bystanders:
         share = max(0.0, self.taken_s / self.offered_s)
         run.fact("taken by other programs meanwhile", 100 * share, "% of the machine")
         if self.repeated:
-            run.fact("measured again because they took more", self.repeated, "times")
+            run.fact("repeated because they took more", self.repeated, "measurements")
         if share > DISTURBED:
             run.say("That is much: the figures are disturbed. Measure again in peace.")
 
