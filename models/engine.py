@@ -35,7 +35,10 @@ from models.runtime import Runtime
 from models.sampling import Draw, Sampler, Sampling, greedy
 from models.text import Tokenizer
 
-CHUNK = 128  # prompt tokens a step while answers are in progress: about 80 ms
+# Prompt tokens a step while answers are in progress. A step of 128 fills prompts a
+# little faster (2 % more tokens a second with 16 clients), but the worst gap between
+# the others' tokens grows by half.
+CHUNK = 64
 ALONE = 512  # prompt tokens a step while nobody waits for a token
 TILE = 128  # positions that onnxruntime's attention computes together
 SHORTEST_HIT = 16  # tokens; copying fewer saves nothing

@@ -56,6 +56,9 @@ class Runtime:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # Threads that wait for the next operator spin, which is worth it within a call.
+        # Between calls they would only take the core from whoever serves the answers.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session = onnxruntime.InferenceSession(
             str(graph), options, providers=[self.provider]
         )

@@ -167,9 +167,10 @@ class Sampler:
             or sampling.forced
             or matcher is not None
         )
-        # PCG64 takes no negative seed; other APIs do.
-        seed = None if sampling.seed is None else sampling.seed % 2**64
-        self._random = np.random.Generator(np.random.PCG64(seed))
+        if sampling.temperature:  # seeding takes longer than all the rest here
+            # PCG64 takes no negative seed; other APIs do.
+            seed = None if sampling.seed is None else sampling.seed % 2**64
+            self._random = np.random.Generator(np.random.PCG64(seed))
 
     @property
     def finished(self) -> bool:

@@ -60,6 +60,9 @@ class Tokenizer:
         self._turn, self.turn_end = ids["<|im_start|>"], ids["<|im_end|>"]
         self.end_ids = frozenset({ids["<|endoftext|>"], self.turn_end})
         self._newline = self.encode("\n")
+        # What most prompts begin and all end with.
+        self._default_system = self.encode(f"system\n{DEFAULT_SYSTEM}")
+        self._reply = [self._turn, *self.encode("assistant\n")]
 
     @classmethod
     def from_gguf(
@@ -142,11 +145,15 @@ class Tokenizer:
         """Prompt ids of a conversation (ChatML), ending where the assistant speaks."""
         turns = chat_turns(messages, tools)
         ids: list[int] = []
-        for role, content in turns:
-            # One call for role and content: BPE may merge across the line break.
-            ids += [self._turn, *self.encode(f"{role}\n{content}"), self.turn_end]
-            ids += self._newline
-        return [*ids, self._turn, *self.encode("assistant\n")]
+        for turn in turns:
+            ids += [self._turn, *self._turn_ids(*turn), self.turn_end, *self._newline]
+        return [*ids, *self._reply]
+
+    def _turn_ids(self, role: str, content: str) -> list[int]:
+        if (role, content) == ("system", DEFAULT_SYSTEM):
+            return self._default_system
+        # One call for role and content: BPE may merge across the line break.
+        return self.encode(f"{role}\n{content}")
 
 
 def _unreadable(text: object) -> str:
