@@ -1,4 +1,4 @@
-"""One real model for all tests of the engine, and a look after each test."""
+"""One real model and one real server for all tests, and a look after each test."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import os
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import models
+from course import process
 from models import build, weights
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +37,17 @@ def model(shared_model: models.Model) -> Iterator[models.Model]:
     for job in left:
         shared_model.engine.cancel(job)
     assert not left, f"{len(left)} answers were left in the engine"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[SimpleNamespace]:
+    """`model_api.py --serve` as anyone would start it, open on loopback; has `url`."""
+    port = process.free_port()
+    url = f"http://127.0.0.1:{port}"
+    argv = [sys.executable, str(ROOT / "model_api.py"), "--serve", "--port", str(port)]
+    ready = f"{url}/health/ready"
+    with process.child(argv, ready=ready, deadline_s=120):
+        yield SimpleNamespace(url=url)
 
 
 @pytest.fixture(scope="session")
