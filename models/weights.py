@@ -65,7 +65,7 @@ def _download_wheel(folder: Path, report: Report) -> Path:
     # pip downloads into TMPDIR first, so the growth of the folder is its progress.
     process = subprocess.Popen(
         command,
-        env={**os.environ, "TMPDIR": str(folder), "PIP_NO_CACHE_DIR": "1"},
+        env={**os.environ, "TMPDIR": str(folder)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

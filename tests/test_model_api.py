@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
@@ -723,3 +724,23 @@ def test_importing_does_nothing():
         check=True,
     )
     assert done.stdout.split() == ["1", "light"]
+
+
+def test_the_lesson_runs_as_a_newcomer_would_run_it(tmp_path):
+    """All four sections on the real model and a real server: nothing skipped."""
+    figures = tmp_path / "figures.json"
+    argv = [sys.executable, "-W", "error", "model_api.py", "--quick"]
+    done = subprocess.run(
+        [*argv, "--json", str(figures)],
+        cwd=ROOT,
+        env={**os.environ, "REPORTS_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    sections = json.loads(figures.read_text())["sections"]
+    assert [s["title"] for s in sections] == [s.title for s in model_api.SECTIONS]
+    assert "SKIPPED" not in done.stdout
+    assert (tmp_path / "model_api-batching.png").stat().st_size > 10_000

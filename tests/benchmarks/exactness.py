@@ -25,6 +25,7 @@ from course.show import Table
 from models import build
 from models.runtime import Runtime, usable_cores
 from models.text import Tokenizer
+from tests.benchmarks import AFTER_LESSONS
 
 TEXTS = Path(__file__).parents[1] / "texts"
 REFERENCE = "float32"
@@ -163,7 +164,7 @@ def compare_graphs(run: lesson.Run) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Measure and print the table."""
     sections = [lesson.Section("Exactness", compare_graphs)]
-    return lesson.run(doc=__doc__, sections=sections, argv=argv)
+    return lesson.run(doc=__doc__, sections=sections, argv=argv, number=AFTER_LESSONS)
 
 
 if __name__ == "__main__":
