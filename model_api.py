@@ -38,6 +38,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+import models
 from course import lesson
 from course.measure import Series
 from models.errors import (
@@ -201,8 +202,12 @@ def service_of(request: Request) -> Service:
 
 def demo_endpoints(run: lesson.Run) -> None:
     """Take a request apart: what reading costs, and what writing costs."""
+    floor_ms = trials.floor_ms()
+    run.predict(
+        f"The CPU needs {floor_ms:.1f} ms to read the weights once, so an answer alone "
+        f"cannot grow by more than {1000 / floor_ms:.0f} tokens a second."
+    )
     url = run.keep("server", partial(trials.running_server, run.device))
-    run.predict("A long prompt delays the first token, a long answer all that follow.")
     shapes = {"short": (20, 8), "long prompt": (620, 8), "long answer": (20, 48)}
     repeats, rows = 1 if run.quick else 3, {}
     for name, (words, tokens) in shapes.items():
@@ -214,8 +219,9 @@ def demo_endpoints(run: lesson.Run) -> None:
     read_ms = (rows["long prompt"][3] - rows["short"][3]) / 600
     write_ms = rows["long answer"][4]
     run.conclude(
-        f"A word of prompt costs {read_ms:.1f} ms, a token of answer {write_ms:.1f}: "
-        f"{write_ms / read_ms:.0f} times as much. Bound both, count both."
+        f"A token of answer takes {write_ms:.1f} ms, {write_ms / floor_ms:.1f} times "
+        f"the floor and {write_ms / read_ms:.0f} times a word of prompt. Bound both, "
+        "count both."
     )
 
 
@@ -277,8 +283,6 @@ RunBatch = Callable[[Sequence[Any]], Awaitable[Sequence[Any]]]
 
 def demo_batching(run: lesson.Run) -> None:
     """Let sixteen callers share one model in each of the three ways."""
-    import models
-
     model = run.keep("model", partial(models.load, run.device, rows=16, context=1024))
     run.predict("Continuous batching writes most tokens a second and waits least.")
     ways = {
@@ -574,10 +578,19 @@ def main(argv: list[str] | None = None) -> int:
         sections=SECTIONS,
         argv=argv,
         number=2,
+        model_digest=built,
         after="python model_api.py --serve, then open http://127.0.0.1:8000",
         add_arguments=add_arguments,
         instead=lambda arguments: serve(arguments) if arguments.serve else None,
     )
+
+
+def built(device: str) -> str:
+    """Build the model if this is the first run; gives its revision."""
+    try:
+        return models.prepare(device)
+    except ModelError as error:
+        sys.exit(str(error))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -70,6 +70,29 @@ def memory_bytes(root: Path = CGROUP) -> int:
     return min([total, *limits])
 
 
+def read_bandwidth(repeats: int = 5) -> float:
+    """Bytes a second that this process's cores together read from memory, at best.
+
+    The ceiling of whatever reads much and computes little: a decode step cannot be
+    faster than its weights arrive.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+    from time import perf_counter
+
+    import numpy as np
+
+    cores = max(1, int(cpu_quota()))
+    parts = [np.ones(16 * 2**20, np.int32) for _ in range(cores)]  # beyond any cache
+    total = sum(part.nbytes for part in parts)
+    fastest = 0.0
+    with ThreadPoolExecutor(cores) as pool:
+        for _ in range(repeats):
+            started = perf_counter()
+            list(pool.map(np.max, parts))  # numpy lets go of the interpreter's lock
+            fastest = max(fastest, total / (perf_counter() - started))
+    return fastest
+
+
 def _first_line(path: Path) -> str:
     try:
         return path.read_text().partition("\n")[0].strip()

@@ -55,6 +55,7 @@ __all__ = [
     "Token",
     "TooLate",
     "load",
+    "prepare",
 ]
 
 ROWS = 32  # answers decoded at once
@@ -88,6 +89,19 @@ def load(
     from models import model
 
     return model.load(device, rows, context, threads, shelf, graph)
+
+
+def prepare(device: str = "cpu") -> str:
+    """Build the model's files if they are missing; returns their revision.
+
+    The revision is the first 12 digits of the graph's SHA-256.
+
+    Raises:
+        BuildError, ModelError: as `load` does.
+    """
+    from models import model
+
+    return model.prepare(device)
 
 
 def __getattr__(name: str):

@@ -393,15 +393,21 @@ def load(
             raise ModelError(
                 f"{name}: expected at least {least}, found {value}; raise it"
             )
-    files = build.ensure(precision or _runtime_kind(device).precision)
+    kind = _runtime_kind(device)
+    files = build.ensure(precision or kind.precision)
     tokenizer = Tokenizer.load(files.tokenizer)
-    runtime = _runtime_kind(device)(
+    runtime = kind(
         files.graph,
         rows=rows + shelf,
         context=context,
         threads=threads or usable_cores(),
     )
     return Model(files, device, Engine(runtime, tokenizer, shelf))
+
+
+def prepare(device: str) -> str:
+    """See `models.prepare`."""
+    return build.ensure(_runtime_kind(device).precision).revision
 
 
 def _runtime_kind(device: str) -> type[Runtime]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import sys
+import textwrap
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from course.load import (
     run_open_loop,
     summarise,
 )
+from course.machine import read_bandwidth
 from course.request import Outcome, client, post, stream_chat
 from course.show import Table
+from models import build
 from models.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -63,6 +66,12 @@ def small_talk(words: int, tokens: int) -> dict[str, Any]:
         "max_tokens": tokens,
         "logit_bias": FULL_LENGTH,
     }
+
+
+def floor_ms() -> float:
+    """The least time of one token: all weights read once, at the memory's speed."""
+    weights = build.ensure().graph.stat().st_size
+    return 1000 * weights / read_bandwidth()
 
 
 async def ask_alone(url: str, words: int, tokens: int, repeats: int) -> list[Outcome]:
@@ -171,7 +180,8 @@ async def poison(url: str, fields: dict[str, Any]) -> tuple[int, float, str]:
 
 def poison_table(rows: list[list[Any]]) -> Table:
     columns = ["request", "status", ("answered in", "ms"), "message"]
-    return Table("Poisoned requests", columns, rows)
+    short = [[*row[:3], textwrap.shorten(row[3], 60, placeholder=" …")] for row in rows]
+    return Table("Poisoned requests", columns, short)
 
 
 async def leave(url: str) -> float:
