@@ -3,7 +3,7 @@
     import models
 
     with models.load() as model:                      # builds its files on first use
-        print(model.generate("Name a colour.").text)
+        print(model.generate("Explain gravity in one sentence.").text)
         for piece in model.stream([{"role": "user", "content": "Tell me a story."}]):
             print(piece.text, end="", flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -124,6 +125,21 @@ def test_greedy_text_differs_from_float32_at_near_ties_only():
         )
         assert 0 <= gap <= bound
     print(f"\n{same} of {len(PROMPTS)} answers are identical; bound {bound:.3f} logits")
+
+
+def test_the_readme_asks_no_near_tie():
+    """Every reader gets the answer shown, whatever the last bits of their CPU."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    questions = set(re.findall(r'"content": "(.+?)"', readme))
+    assert questions
+    asked = models.Sampling(max_tokens=128)
+    answers = []
+    for precision in ("int4", "float32"):
+        with models.load(graph=precision, rows=1, shelf=0, context=256) as model:
+            answers.append([model.generate(one, asked).text for one in questions])
+    assert answers[0] == answers[1]
+    for answer in answers[0]:
+        assert answer in readme
 
 
 # float32 beside a computation that shares nothing with the graph.
