@@ -41,14 +41,8 @@ from starlette.exceptions import HTTPException
 import models
 from course import lesson
 from course.measure import Series
-from models.errors import (
-    EngineClosed,
-    GrammarError,
-    ModelError,
-    PromptTooLong,
-    TooLate,
-)
-from serving import answers, contract, pages, protocol, server, trials
+from models.errors import EngineClosed, GrammarError, ModelError, PromptTooLong, TooLate
+from serving import answers, contract, health, pages, protocol, server, trials
 from serving.asgi import Edge
 from serving.errors import ApiError, failed_answer, http_error, invalid_request
 from serving.generate import generate
@@ -56,7 +50,7 @@ from serving.idempotency import remembered
 from serving.limits import OverBudget, Reservation
 from serving.metrics import CONTENT_TYPE
 from serving.plan import plan_chat, plan_classification, plan_completion
-from serving.service import Service
+from serving.service import Service, service_of
 from serving.settings import ConfigurationError, Settings, is_loopback, load
 from serving.wire import ClientLeft, Wire
 
@@ -72,8 +66,9 @@ if TYPE_CHECKING:
 # it feels.
 #
 # The design follows. Answers can stream. `max_tokens` always has a value. Every answer
-# says in `usage` what it cost. And health is four questions, not one, because "is the
-# process up" and "does its work progress" call for different actions.
+# says in `usage` what it cost. And health is four questions, not one, because "is it
+# still loading", "is the process up", "should it get requests" and "does its work
+# progress" call for different actions: wait, restart, send elsewhere, restart.
 
 
 def create_app(
@@ -110,16 +105,16 @@ def create_app(
 
 def add_routes(app: FastAPI) -> None:
     """The whole API as a table: path, answer, whose key opens it, function."""
-    work, health, own = contract.work, contract.health, "inference"
+    work, open_to_all, own = contract.work, contract.health, "inference"
     app.post("/v1/chat/completions", **work(answers.ChatCompletion, own))(chat)
     app.post("/v1/completions", **work(answers.TextCompletion, own))(complete)
     app.post("/v1/classify", **work(answers.Classification, own))(classify)
-    app.get("/v1/models", **contract.read(answers.ModelList, own))(list_models)
-    app.get("/health/startup", **health(answers.Health))(startup)
-    app.get("/health/live", **health(answers.Health))(live)
-    app.get("/health/ready", **health(answers.Ready))(ready)
-    app.get("/health/progress", **health(answers.Health))(progress)
-    app.get("/metrics", **contract.text(CONTENT_TYPE, "admin"))(scrape)
+    app.get("/v1/models", **contract.read(answers.ModelList, own))(health.list_models)
+    app.get("/health/startup", **open_to_all(answers.Health))(health.startup)
+    app.get("/health/live", **open_to_all(answers.Health))(health.live)
+    app.get("/health/ready", **open_to_all(answers.Ready))(health.ready)
+    app.get("/health/progress", **open_to_all(answers.Health))(health.progress)
+    app.get("/metrics", **contract.text(CONTENT_TYPE, "admin"))(health.scrape)
     app.get("/", include_in_schema=False)(pages.chat)
     app.get("/docs", include_in_schema=False)(pages.docs)
 
@@ -146,58 +141,6 @@ async def classify(request: Request, body: protocol.ClassifyRequest) -> Response
     model = service.served(body.model)
     job = await plan_classification(model, body, service.settings)
     return Answer(request, job.most_tokens, partial(job.run, model))
-
-
-async def list_models(request: Request) -> Response:
-    """Name the one model there is."""
-    return as_json(answers.model_list(service_of(request).served()))
-
-
-async def startup(request: Request) -> Response:
-    """Has the model loaded? Until then an orchestrator asks nothing else."""
-    service = service_of(request)
-    return healthy(service.model is not None, service.failure or service.state)
-
-
-async def live(request: Request) -> Response:
-    """Does the event loop turn? If not, only a restart helps."""
-    return healthy(True, "live")
-
-
-async def ready(request: Request) -> Response:
-    """Should a balancer send requests here? Not while loading or going away."""
-    service = service_of(request)
-    status = 200 if service.state == "ready" else 503
-    return as_json(answers.ready(service.state, service.snapshot()), status)
-
-
-async def progress(request: Request) -> Response:
-    """Does the engine get on? A stuck one looks alive to every other question."""
-    service = service_of(request)
-    now = service.snapshot()
-    stalled_s = now.stalled_s if now else 0.0
-    good = stalled_s <= service.settings.stall_seconds
-    return healthy(good, f"last step {stalled_s:.1f} s ago" if stalled_s else "idle")
-
-
-async def scrape(request: Request) -> Response:
-    """Show Prometheus the metrics."""
-    text = service_of(request).metrics.render()
-    return Response(text, media_type=CONTENT_TYPE)
-
-
-def healthy(good: bool, status: str) -> Response:
-    """Answer an orchestrator: it reads the code, people read the words."""
-    return as_json({"status": status}, 200 if good else 503)
-
-
-def as_json(value: Any, status: int = 200) -> Response:
-    return Response(answers.compact(value), status, media_type="application/json")
-
-
-def service_of(request: Request) -> Service:
-    """What the routes of this app share."""
-    return request.app.state.service
 
 
 def demo_endpoints(run: lesson.Run) -> None:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 
 import models
 from serving.errors import ApiError
@@ -87,3 +87,8 @@ class Service:
         except Exception as error:
             self.failure = str(error) or type(error).__name__
             raise
+
+
+def service_of(request: Request) -> Service:
+    """What the routes of this app share."""
+    return request.app.state.service
