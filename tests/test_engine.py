@@ -23,9 +23,9 @@ import models
 from models import Sampling, build, grammar
 from models.engine import ALONE, CHUNK, SHORTEST_HIT, TILE, chunk_size
 from models.model import SyncStream
+from models.quality import TEXTS, log_softmax, open_graph
 from models.runtime import Runtime, usable_cores
 from models.text import Tokenizer
-from tests.benchmarks.exactness import TEXTS, log_softmax, open_graph
 from tests.conftest import idle
 
 Answer = list[tuple[int, float]]  # token ids and their log-probabilities

@@ -15,15 +15,9 @@ import pytest
 
 import models
 from models import build, graph, weights
+from models.quality import MOST_KL, MOST_PERPLEXITY_OFF, log_softmax, open_graph
 from models.text import Tokenizer
-from tests.benchmarks.exactness import (
-    MOST_KL,
-    MOST_PERPLEXITY_OFF,
-    Exactness,
-    log_softmax,
-    measure,
-    open_graph,
-)
+from tests.benchmarks.exactness import Exactness, measure
 
 TEXT = (
     "The river is allowed to be wide where it wants to be wide, said the engineer. 3.14"

@@ -13,26 +13,30 @@ Needs:      1 GB of disk in MODEL_DIR for the float32 graph, built on the first 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from course import lesson
 from course.show import Table
 from models import build
-from models.runtime import Runtime, usable_cores
+from models.quality import (
+    MOST_KL,
+    MOST_PERPLEXITY_OFF,
+    REFERENCE,
+    WINDOW,
+    divergence,
+    log_softmax,
+    losses,
+    open_graph,
+    perplexity,
+    windows,
+)
 from models.text import Tokenizer
 from tests.benchmarks import AFTER_LESSONS
 
-TEXTS = Path(__file__).parents[1] / "texts"
-REFERENCE = "float32"
 COMPARED = ("int4", "float16")
-WINDOW = 384  # tokens read at once; each window starts without a past
 QUICK_TOKENS = 500
-MOST_KL, MOST_PERPLEXITY_OFF = 0.01, 0.015  # what int4 may lose, set beforehand
 BARS = f"int4 aims at a mean KL of {MOST_KL} and a perplexity within 1.5 %, at most."
 
 
@@ -61,56 +65,27 @@ def measure(precision: str, most_tokens: int | None = None) -> Exactness:
     files, reference_files = build.ensure(precision), build.ensure(REFERENCE)
     graph, reference = open_graph(files), open_graph(reference_files)
     tokenizer = Tokenizer.load(files.tokenizer)
-    divergences, losses, reference_losses, same, shifts = [], [], [], [], []
-    for window in windows(tokenizer, most_tokens):
+    divergences, read, reference_read, same, shifts = [], [], [], [], []
+    for window in windows(tokenizer, most_tokens=most_tokens):
         ours = log_softmax(graph.every_logit(window))
         theirs = log_softmax(reference.every_logit(window))
-        divergences.append((np.exp(theirs) * (theirs - ours)).sum(axis=1))
-        following = np.arange(len(window) - 1), window[1:]
-        losses.append(-ours[following])
-        reference_losses.append(-theirs[following])
+        divergences.append(divergence(theirs, ours))
+        read.append(losses(ours, window))
+        reference_read.append(losses(theirs, window))
         same.append(ours.argmax(axis=1) == theirs.argmax(axis=1))
         shifts.append(_gap_shift(ours, theirs))
-    divergence = np.concatenate(divergences)
+    nats = np.concatenate(divergences)
     return Exactness(
         precision=precision,
-        tokens=len(divergence),
+        tokens=len(nats),
         file_mb=files.graph.stat().st_size / 1e6,
-        perplexity=_perplexity(losses),
-        reference_perplexity=_perplexity(reference_losses),
-        kl_mean=float(divergence.mean()),
-        kl_p99=float(np.percentile(divergence, 99)),
+        perplexity=perplexity(read),
+        reference_perplexity=perplexity(reference_read),
+        kl_mean=float(nats.mean()),
+        kl_p99=float(np.percentile(nats, 99)),
         same_top=float(np.concatenate(same).mean()),
         gap_shift_p999=float(np.percentile(np.concatenate(shifts), 99.9)),
     )
-
-
-def open_graph(files: build.Files, context: int = WINDOW) -> Runtime:
-    """A graph alone, without the engine."""
-    return Runtime(files.graph, rows=1, context=context, threads=usable_cores())
-
-
-def windows(
-    tokenizer: Tokenizer, most_tokens: int | None = None
-) -> Iterator[list[int]]:
-    """The texts in pieces of at most `WINDOW` tokens."""
-    left = math.inf if most_tokens is None else most_tokens
-    for path in sorted(TEXTS.glob("*.txt")):
-        ids = tokenizer.encode(path.read_text(encoding="utf-8"))
-        count = -(-len(ids) // WINDOW)
-        for part in np.array_split(ids, count):  # of about equal lengths
-            if left < 2:
-                return
-            window = part.tolist()[: int(min(left, WINDOW))]
-            left -= len(window)
-            yield window
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Natural log-probabilities of each row of logits."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    sums = np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)
-    return shifted - np.log(sums).astype(np.float32)
 
 
 def _gap_shift(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -118,10 +93,6 @@ def _gap_shift(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     two = np.argpartition(theirs, -2, axis=1)[:, -2:]
     gaps = (np.diff(np.take_along_axis(one, two, axis=1)) for one in (ours, theirs))
     return np.abs(np.subtract(*gaps))[:, 0]
-
-
-def _perplexity(losses: list[np.ndarray]) -> float:
-    return math.exp(np.concatenate(losses).mean(dtype=np.float64))
 
 
 def compare_graphs(run: lesson.Run) -> None:
