@@ -318,18 +318,14 @@ class Engine:
 
     def _longest_prefix(self, job: Job) -> tuple[int, int]:
         """The row that shares most of the prompt's beginning, and how many tokens."""
-        known = [(row, other) for row, other in enumerate(self._active)]
         best, shelved = (0, 0), None
-        # At least two tokens stay to be computed: see the module's first lines.
-        for row, ids, entry in (
-            *(
-                (row, other.ids, None)
-                for row, other in known
-                if other.tenant == job.tenant
-            ),
-            *((e.row, e.ids, e) for e in self._shelf if e.tenant == job.tenant),
-        ):
-            shared = min(_shared(ids, job.ids), len(job.ids) - 2)
+        candidates = [(row, other, None) for row, other in enumerate(self._active)]
+        candidates += [(entry.row, entry, entry) for entry in self._shelf]
+        for row, known, entry in candidates:
+            if known.tenant != job.tenant:
+                continue
+            # At least two tokens stay to be computed: see the module's first lines.
+            shared = min(_shared(known.ids, job.ids), len(job.ids) - 2)
             if shared >= SHORTEST_HIT and shared > best[1]:
                 best, shelved = (row, shared), entry
         if shelved is not None:
