@@ -36,9 +36,8 @@ from typing import Any
 from course import lesson, process
 from course.lesson import Run, Skip
 from course.show import Table
-from local_cloud import compose, dockerfile, engine, layers
-from local_cloud import docker_trials as trials
-from local_cloud.engine import Engine, EngineError, NoEngine
+from local_cloud.containers import compose, dockerfile, engine, layers, trials
+from local_cloud.containers.engine import Engine, EngineError, NoEngine
 
 ROOT = Path(__file__).resolve().parent
 PORT = 8000  # inside every container
@@ -96,7 +95,7 @@ def plainly(demo: Callable[[Run], None]) -> Callable[[Run], None]:
 #
 # Images of models have their own traps, which no general linter knows: bytecode that a
 # read-only container can never write, a runtime that reports home, weights that travel
-# again with every line of code. local_cloud/dockerfile.py checks those.
+# again with every line of code. local_cloud/containers/dockerfile.py checks those.
 #
 # Pitfall: a container killed at night, or ten times too dear. Cure: measure what the
 # model needs, idle and under load, then set limits with room above the peak.

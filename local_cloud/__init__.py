@@ -1,9 +1,7 @@
 """The machinery a cloud would run for you, on this machine and on loopback.
 
-The rooms: `engine` (a Docker engine: images, containers, an end for everything),
-`layers` (what an image weighs and holds), `compose` (several containers from one
-file), `dockerfile` (reads Dockerfiles and checks them).
+One folder a lesson: `containers` (a Docker engine, images, Compose) and `functions` (a
+FaaS platform: runtime API, sandboxes, snapshots, queues, events).
 
-Importing any of them does nothing else. docker-py is imported when an engine is asked
-for: who has none can still read and check.
+Importing any of them starts nothing.
 """

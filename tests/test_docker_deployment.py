@@ -18,8 +18,14 @@ import pytest
 import docker_deployment
 from course import process
 from course.lesson import Run, Skip
-from local_cloud import compose, docker_trials, dockerfile, engine, layers
-from local_cloud.engine import Container, ContainerError, Engine, ImageError, NoEngine
+from local_cloud.containers import compose, dockerfile, engine, layers, trials
+from local_cloud.containers.engine import (
+    Container,
+    ContainerError,
+    Engine,
+    ImageError,
+    NoEngine,
+)
 
 ROOT = Path(__file__).parent.parent
 BASE = "python:3.11-slim-bookworm"
@@ -194,12 +200,12 @@ def test_a_lock_without_hashes_is_seen(tmp_path: Path):
     lock.write_text(
         "# made\na==1 \\\n    --hash=sha256:0 \\\n    --hash=sha256:1\nb==2\n"
     )
-    assert docker_trials.lock_row(lock) == ["some.lock", 2, 2, 1]
+    assert trials.lock_row(lock) == ["some.lock", 2, 2, 1]
 
 
 @pytest.mark.parametrize("name", docker_deployment.LOCKS)
 def test_the_locks_have_a_hash_for_every_package_and_no_address(name: str):
-    _, packages, hashes, without = docker_trials.lock_row(ROOT / name)
+    _, packages, hashes, without = trials.lock_row(ROOT / name)
     assert packages > 5
     assert hashes >= packages
     assert without == 0
@@ -512,7 +518,7 @@ def test_a_child_killed_in_mid_run_leaves_nothing(docker: Engine, small: str):
     code = f"""
         import sys, time
         from course.lesson import _signals_unwind
-        from local_cloud import engine
+        from local_cloud.containers import engine
         with _signals_unwind(), engine.connect() as docker:
             with docker.container({small!r}) as box:
                 print(docker.run_id, flush=True)
@@ -651,10 +657,10 @@ def test_the_precautions_hold_and_the_api_answers_under_them(
 ):
     with docker.container(image, **SERVING, **docker_deployment.HARDENED) as box:
         box.wait_healthy(60)
-        (told,) = docker_trials.ask(box.url, KEY, tokens=8)
+        (told,) = trials.ask(box.url, KEY, tokens=8)
         assert told.tokens == 8
-        found = docker_trials.attack(box)
-        (told,) = docker_trials.ask(box.url, KEY, tokens=8)  # it survived all of that
+        found = trials.attack(box)
+        (told,) = trials.ask(box.url, KEY, tokens=8)  # it survived all of that
         assert told.ok
     assert found["see who it is"] == "user 10001"
     assert found["count what root left it"] == "0 capabilities"
@@ -673,7 +679,7 @@ def test_the_precautions_hold_and_the_api_answers_under_them(
 def test_a_stop_in_mid_answer_cuts_nothing(docker: Engine, image: str):
     with docker.container(image, **SERVING, **docker_deployment.HARDENED) as box:
         box.wait_ready("/health/ready", 60)
-        end = docker_trials.drain(box, KEY, lambda: box.made.stop(timeout=30))
+        end = trials.drain(box, KEY, lambda: box.made.stop(timeout=30))
     assert end.whole
     assert end.after > 0
     assert end.exit_code == 0

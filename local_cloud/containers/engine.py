@@ -27,7 +27,7 @@ from typing import Any
 
 LABEL, COURSE = "course", "hosting-and-deployment"
 RUN_LABEL = "course.run"  # tells the containers of this process from another's
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 INSTALL = "https://docs.docker.com/engine/install"
 CONNECT_S = 5.0
 POLL_S = 0.02
