@@ -51,6 +51,14 @@ class Skip(Exception):
         self.command = command
 
 
+class Failure(Exception):
+    """Ends the lesson in plain words: a traceback would hide what to do.
+
+    For what concerns the reader's machine rather than the program. What was measured
+    until then is saved, what was started is taken down, and the exit code is 1.
+    """
+
+
 @dataclass(frozen=True)
 class Section:
     """One section: a bullet of the guide, word for word, and what shows it."""
@@ -120,8 +128,9 @@ class Run:
         self._record("skipped", text=reason, command=command)
 
     def fail(self, problem: Exception) -> None:
-        """Notes in the results that the demo failed; the traceback is printed later."""
-        self._record("failed", text=f"{type(problem).__name__}: {problem}")
+        """Notes in the results that the demo failed; the reason is printed later."""
+        name = "" if isinstance(problem, Failure) else f"{type(problem).__name__}: "
+        self._record("failed", text=f"{name}{problem}")
 
     def progress(
         self, description: str, total: float | None = None
@@ -266,6 +275,9 @@ def _tell(
         except KeyboardInterrupt:
             print("\nInterrupted; what was started has been stopped.", file=sys.stderr)
             code = INTERRUPTED
+        except Failure as problem:
+            print(f"\n{problem}\nWhat was started has been stopped.", file=sys.stderr)
+            code = 1
         except Exception:
             traceback.print_exc()
             code = 1

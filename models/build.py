@@ -58,13 +58,11 @@ def ensure(
     folder = model_folder()
     if not rebuild and (files := find(folder, precision)):
         return files
-    with _writable(folder), _lock(folder):
+    with workshop(folder):
         # Another process may have built it while this one waited.
         if not rebuild and (files := find(folder, precision)):
             return files
-        for leftover in folder.glob(f"{WORKSHOP}*"):  # of a build that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        _check_space(folder, precision)
+        check_space(folder, NEEDED_BYTES[precision])
         with _progress(report) as report:
             _build(folder, precision, report)
     files = find(folder, precision)
@@ -157,6 +155,19 @@ def _save_graph(weights: Weights, precision: str, path: Path) -> None:
 
 
 @contextmanager
+def workshop(folder: Path):
+    """The one process that builds in `folder`, which it finds tidied up.
+
+    Raises:
+        BuildError: the folder cannot be written, or another process never ends.
+    """
+    with _writable(folder), _lock(folder):
+        for leftover in folder.glob(f"{WORKSHOP}*"):  # of a build that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+
+
+@contextmanager
 def _writable(folder: Path):
     """Turns the operating system's refusals into a message with a way on."""
     try:
@@ -186,8 +197,9 @@ def _lock(folder: Path):
         ) from error
 
 
-def _check_space(folder: Path, precision: str) -> None:
-    free, needed = shutil.disk_usage(folder).free, NEEDED_BYTES[precision]
+def check_space(folder: Path, needed: float) -> None:
+    """Raise BuildError unless so many bytes are free."""
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise BuildError(
             f"{folder}: expected {needed / 1e6:.0f} MB of free disk to build the "

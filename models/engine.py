@@ -31,7 +31,7 @@ import numpy as np
 
 from models.errors import EngineClosed, ModelError, PromptTooLong
 from models.job import Job, Piece, Token
-from models.runtime import Runtime
+from models.runtime import Runtime, chunk_size, shared_tokens
 from models.sampling import Draw, Sampler, Sampling, greedy
 from models.text import Tokenizer
 
@@ -40,7 +40,6 @@ from models.text import Tokenizer
 # the others' tokens grows by half.
 CHUNK = 64
 ALONE = 512  # prompt tokens a step while nobody waits for a token
-TILE = 128  # positions that onnxruntime's attention computes together
 SHORTEST_HIT = 16  # tokens; copying fewer saves nothing
 SMOOTHING = 0.1  # weight of the newest measurement in a running mean
 
@@ -325,7 +324,7 @@ class Engine:
             if known.tenant != job.tenant:
                 continue
             # At least two tokens stay to be computed: see the module's first lines.
-            shared = min(_shared(known.ids, job.ids), len(job.ids) - 2)
+            shared = min(shared_tokens(known.ids, job.ids), len(job.ids) - 2)
             if shared >= SHORTEST_HIT and shared > best[1]:
                 best, shelved = (row, shared), entry
         if shelved is not None:
@@ -426,7 +425,7 @@ class Engine:
         for entry in self._shelf:
             if entry.tenant != job.tenant or not len(entry.ids):
                 continue
-            shared = _shared(entry.ids, job.ids)
+            shared = shared_tokens(entry.ids, job.ids)
             if shared == len(job.ids):
                 entry.used = self._steps
                 return
@@ -461,28 +460,6 @@ class Engine:
             job.error, job.finish_reason = self._broken, "error"
             self._put(job, Piece("", (), "error"))
         self._tell()
-
-
-def chunk_size(left: int, budget: int) -> int:
-    """How many of the `left` prompt tokens to prefill with `budget` tokens to spend.
-
-    No position may be computed alone: a chunk never takes a single token or leaves
-    one, and its last tile never holds one. 0 means: wait for a larger budget.
-    """
-    if left == 1:
-        return 1  # a prompt of one token is always computed alone
-    for count in range(min(left, budget), 1, -1):
-        if count % TILE != 1 and left - count != 1:
-            return count
-    return 0
-
-
-def _shared(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two prompts have in common from the beginning."""
-    size = min(len(a), len(b))
-    differ = a[:size] != b[:size]
-    place = int(differ.argmax()) if size else 0
-    return place if size and differ[place] else size
 
 
 def _smooth(mean: float, new: float) -> float:

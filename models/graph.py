@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.weights import BLOCK, Blocks, Weights
-
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
+
+    from models.weights import Blocks, Weights
 
 LAYERS = 30
 HIDDEN = 576
@@ -37,6 +37,7 @@ QUERY_HEADS, KV_HEADS, HEAD_SIZE = 9, 3, 64
 FEED_FORWARD = 1536
 VOCABULARY = 49_152
 MAX_CONTEXT = 8_192  # tokens the model was trained for
+BLOCK = 32  # weights that share one scale, in both of GGUF's formats used here
 ROPE_BASE = 100_000.0
 EPSILON = 1e-5  # of the RMS norms
 PRECISIONS = ("int4", "float16", "float32")

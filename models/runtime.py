@@ -25,6 +25,8 @@ import onnxruntime
 from models.errors import ModelError
 from models.graph import HEAD_SIZE, KV_HEADS, LAYERS, MAX_CONTEXT, VOCABULARY
 
+TILE = 128  # positions that onnxruntime's attention computes together
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -52,15 +54,8 @@ class Runtime:
                 "choose a length within the model's training"
             )
         self.rows, self.context = rows, context
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Threads that wait for the next operator spin, which is worth it within a call.
-        # Between calls they would only take the core from whoever serves the answers.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session = onnxruntime.InferenceSession(
-            str(graph), options, providers=[self.provider]
+            str(graph), self._options(threads), providers=[self.provider]
         )
         types = {value.name: value.type for value in self._session.get_inputs()}
         half = types["past_key_0"] == "tensor(float16)"
@@ -72,10 +67,24 @@ class Runtime:
         self._cache = [self._allocate((rows, *self._row_shape)) for _ in self._names]
         self._calls: dict[tuple[int, int, int, int], _Call] = {}
 
-    # What another device does differently.
+    # What another device does differently, or another kind of file.
+
+    def _options(self, threads: int) -> onnxruntime.SessionOptions:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Threads that wait for the next operator spin, which is worth it within a call.
+        # Between calls they would only take the core from whoever serves the answers.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        return options
 
     def _allocate(self, shape: tuple[int, ...]) -> Any:
-        memory = mmap.mmap(-1, math.prod(shape) * self._float.itemsize)
+        size = math.prod(shape) * self._float.itemsize
+        # Private: the default is shared, and forked processes would write over each
+        # other's cache. Windows has neither.
+        private = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
+        memory = mmap.mmap(-1, size, **private)
         # numpy would ask for huge pages. A new row's first token would then take 2 MB
         # of each of the 60 buffers, and 32 short answers 4.5 GB instead of 0.4 GB.
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
@@ -164,6 +173,28 @@ class Runtime:
             binding.bind_input(f"past_{name}", *place, address)
             binding.bind_output(name, *place, address)
         return _Call(binding, **arrays)
+
+
+def chunk_size(left: int, budget: int) -> int:
+    """How many of the `left` prompt tokens to prefill with `budget` tokens to spend.
+
+    No position may be computed alone: a chunk never takes a single token or leaves
+    one, and its last tile never holds one. 0 means: wait for a larger budget.
+    """
+    if left == 1:
+        return 1  # a prompt of one token is always computed alone
+    for count in range(min(left, budget), 1, -1):
+        if count % TILE != 1 and left - count != 1:
+            return count
+    return 0
+
+
+def shared_tokens(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two prompts have in common from the beginning."""
+    size = min(len(a), len(b))
+    differ = a[:size] != b[:size]
+    place = int(differ.argmax()) if size else 0
+    return place if size and differ[place] else size
 
 
 def usable_cores(root: Path = Path("/sys/fs/cgroup")) -> int:

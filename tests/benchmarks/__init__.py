@@ -6,6 +6,9 @@
     python -m tests.benchmarks.prefix         a prompt whose beginning is known
     python -m tests.benchmarks.overload       more requests than the server can answer
     python -m tests.benchmarks.interference   a long prompt among short gaps
+    python -m tests.benchmarks.cold_start     what a cold start is made of, how small
+    python -m tests.benchmarks.queue          messages a second, and in a storm of kills
+    python -m tests.benchmarks.container      the API in its container, and without one
     python -m tests.benchmarks.exactness      the graph beside the weights' own numbers
 
 Each prints its tables and ends with 0, whatever the figures are: a figure is no test.
