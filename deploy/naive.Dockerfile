@@ -5,8 +5,9 @@
 #
 # Most first Dockerfiles start from the full image (BASE=python:3.11), which adds about
 # 1 GB. The slim one is the default here, so that all images compare on one system. What
-# `COPY . .` takes is bounded by .dockerignore; without that it would also take .git,
-# the virtual environment and every secret in the folder.
+# `COPY . .` takes is bounded by the .dockerignore beside this file, or by the root's,
+# which allows less, where the builder is the classic one of `docker build`. Without
+# either it would take .git, the virtual environment and every secret in the folder too.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 LABEL course="hosting-and-deployment"

@@ -19,7 +19,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +137,7 @@ class Engine:
 
         Raises ImageError with the last lines of the step that failed.
         """
+        running: list[str] = []
         context = _context(folder, dockerfile, changed or {})
         with closing(context):
             messages = self.client.api.build(
@@ -152,8 +153,12 @@ class Engine:
                 forcerm=True,  # also the container of a step that failed
                 decode=True,
             )
-            with _explained(f"a build of {tag}"), closing(messages):
-                _follow(messages, tag, on_step or (lambda *_: None))
+            try:
+                with _explained(f"a build of {tag}"), closing(messages):
+                    _follow(messages, tag, on_step or (lambda *_: None), running)
+            except BaseException:
+                self._remove_by_id(running)  # the engine would, but some time later
+                raise
         return self.image(tag).id
 
     def image(self, tag: str) -> Any:
@@ -220,6 +225,13 @@ class Engine:
         mine = {"label": label}
         for container in self.client.containers.list(all=True, filters=mine):
             _remove(container)
+
+    def _remove_by_id(self, ids: Iterable[str]) -> None:
+        import docker.errors
+
+        for id in ids:
+            with suppress(docker.errors.NotFound):
+                _remove(self.client.containers.get(id))
 
     def having(self, label: str) -> list[str]:
         """Names of the containers, networks and volumes with this label."""
@@ -337,10 +349,16 @@ def ignored(folder: Path, dockerfile: str = "Dockerfile") -> list[str]:
 
 
 STEP = re.compile(r"^Step (\d+)/(\d+) : (.*)")
+RUNNING = re.compile(r"^ ---> Running in ([0-9a-f]+)")
 
 
-def _follow(messages: Iterator[dict[str, Any]], tag: str, on_step: Advance) -> None:
-    """Reads a build's messages to the end; raises ImageError with the last lines."""
+def _follow(
+    messages: Iterator[dict[str, Any]], tag: str, on_step: Advance, running: list[str]
+) -> None:
+    """Reads a build's messages to the end; raises ImageError with the last lines.
+
+    `running` then holds the id of the container that ran the last step.
+    """
     said: list[str] = []
     for message in messages:
         text = message.get("stream", "")
@@ -348,6 +366,8 @@ def _follow(messages: Iterator[dict[str, Any]], tag: str, on_step: Advance) -> N
         if step := STEP.match(text):
             said = [text.strip()]
             on_step(int(step[1]), int(step[2]), step[3])
+        if begun := RUNNING.match(text):
+            running[:] = [begun[1]]
         if complaint := message.get("error"):
             lines = "\n".join("    " + line for line in said if line.strip())
             raise ImageError(f"{lines}\n{explain(f'a build of {tag}', complaint)}")

@@ -7,28 +7,30 @@ import asyncio
 import itertools
 import json
 import os
-import re
 import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from course import process, report
-from course.draw import COLOURS
-from course.measure import Series
+import models
+from course import process
 from course.request import Outcome, client, stream_chat
-from local_cloud.containers.engine import ROOT, Container, ContainerError
-from local_cloud.containers.layers import Weight
+from local_cloud.containers import compose
+from local_cloud.containers.engine import ROOT, Container, ContainerError, Engine
 
 NAME = "smollm2-135m-instruct"
 CHAT = "/v1/chat/completions"
 READY = "/health/ready"
+PORT = 8000  # inside every container
+START_S = 60.0  # until a container must be ready; it takes one or two
+SECRET = "/run/secrets/api_keys"
 MB = 1e6
+TEMPLATE = 48  # tokens at most that a prompt has beside its words
 # The two tokens that end an answer. Without them it has exactly max_tokens tokens.
 FULL_LENGTH = {"0": -100, "2": -100}
 
@@ -68,11 +70,31 @@ async def _chat(http: Any, url: str, key: str, tokens: int, words: int) -> Outco
     return await stream_chat(http, url + CHAT, body, {"authorization": f"Bearer {key}"})
 
 
-def tokens_per_s(url: str, key: str, tokens: int = 48) -> float:
+def tokens_per_s(url: str, key: str, tokens: int = 24) -> float:
     """What one caller alone gets."""
     (outcome,) = ask(url, key, tokens=tokens)
     assert outcome.time_per_token_s
     return 1 / outcome.time_per_token_s
+
+
+def work(box: Container, key: str) -> list[float]:
+    """Seconds to its start, tokens/s; cores taken since then, MiB, and tasks."""
+    start_s = box.wait_ready(READY, START_S)
+    rate, used = tokens_per_s(box.url, key), box.stats()
+    taken = used.cpu_s / (time.perf_counter() - box.started)
+    return [start_s, rate, taken, used.memory_bytes / 2**20, used.pids]
+
+
+def fill(url: str, key: str, rows: int, context: int) -> None:
+    """Fills every row to its end at the same time, then the shelf of kept prompts.
+
+    After that the cache of keys and values holds all that it ever can.
+    """
+    answer = context // 4  # so long that the last prompt is in before the first ends
+    words = context - answer - TEMPLATE
+    ask(url, key, callers=rows, tokens=answer, words=words)
+    for _ in range(-(-models.SHELF // rows)):
+        ask(url, key, callers=rows, tokens=8, words=context - 8 - TEMPLATE)
 
 
 # -- a process, as the kernel sees it
@@ -168,7 +190,8 @@ ATTEMPTS = {
     "run what it dropped": TRY.format(
         "import os, shutil; shutil.copy(os.path.realpath('/proc/self/exe'), '/tmp/x'); "
         "os.chmod('/tmp/x', 0o755); "
-        "import subprocess; subprocess.run(['/tmp/x', '-c', '']); print('done')"
+        "import subprocess; subprocess.run(['/tmp/x', '-c', ''], check=True, "
+        "env={'PYTHONHOME': '/usr/local'}); print('done')"
     ),
     "give a file away": TRY.format("import os; os.chown('/tmp', 1, 1); print('done')"),
     "count what root left it": CAPABILITIES,
@@ -176,12 +199,34 @@ ATTEMPTS = {
 }
 
 
-def attack(box: Container, *, user: str = "") -> dict[str, str]:
+# A program that belongs to root and says so (setuid), started by somebody else.
+BORROW = """
+import os, shutil, subprocess
+shutil.copy(os.path.realpath('/proc/self/exe'), '/tmp/x')
+os.chmod('/tmp/x', 0o4755)
+look = ['/tmp/x', '-c', 'import os; print("user", os.geteuid())']
+subprocess.run(look, user=10001, env={'PYTHONHOME': '/usr/local'}, check=True)
+"""
+
+
+def attack(box: Container) -> dict[str, str]:
     """Runs every attempt inside; what came of each."""
     return {
-        name: box.run("python", "-c", code, user=user)[1].splitlines()[-1]
+        name: box.run("python", "-c", code)[1].splitlines()[-1]
         for name, code in ATTEMPTS.items()
     }
+
+
+def borrow_root(docker: Engine, image: str, *precautions: str) -> str:
+    """Who a program runs as that user 10001 starts and that is root's, setuid.
+
+    Tried apart: elsewhere a read-only, noexec or nosuid file system stops it earlier.
+    """
+    command = ["python", "-c", BORROW]
+    options = {"user": "0:0", "security_opt": list(precautions)}
+    with docker.container(image, command=command, **options) as box:
+        box.wait_exit(20)
+        return box.logs()
 
 
 # -- stopping in the middle of an answer
@@ -252,6 +297,35 @@ def crash(box: Container, deadline_s: float = 30.0) -> tuple[float, int]:
     return time.perf_counter() - start, box.made.attrs["RestartCount"] - before
 
 
+def rehearse(
+    docker: Engine, file: Path, override: dict[str, Any], key: str
+) -> tuple[list[list[Any]], int]:
+    """Compose's service `api` up, asked, crashed, down: (event, s, found); leftovers.
+
+    Args:
+        docker: the engine.
+        file: the Compose file.
+        override: what the service has instead.
+        key: what its secret `api_keys` shall hold.
+    """
+    rows: list[list[Any]] = []
+    with key_file(key) as path:
+        secret = {"api_keys": {"file": str(path)}}
+        merged = {"services": {"api": override}, "secrets": secret}
+        port = str(process.free_port())
+        with compose.project(docker, file, override=merged, API_PORT=port) as stack:
+            rows.append(["up, until all is healthy", stack.up(START_S), "healthy"])
+            api = stack.container("api", PORT)
+            (told,) = ask(api.url, key, tokens=24)
+            rows.append(["a chat", told.total_s, f"{told.tokens} tokens"])
+            seconds, restarts = crash(api)
+            rows.append(["a crash, until ready again", seconds, f"{restarts} restart"])
+            start = time.perf_counter()
+        took, left = time.perf_counter() - start, len(docker.having(stack.label))
+    rows.append(["down", took, f"{left} things left"])
+    return rows, left
+
+
 KILL_SERVER = """
 import os, pathlib
 for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
@@ -261,7 +335,7 @@ for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
 """
 
 
-# -- secrets, locks, arguments
+# -- settings, secrets, arguments
 
 
 @contextmanager
@@ -274,12 +348,31 @@ def key_file(key: str) -> Iterator[Path]:
         yield path
 
 
-def lock_row(lock: Path) -> list[Any]:
-    """What a lock holds: packages, hashes, and packages that have none."""
-    entries = re.split(r"(?m)^(?=[A-Za-z0-9])", lock.read_text())
-    pins = [entry for entry in entries if "==" in entry.partition("\n")[0]]
-    hashes = [entry.count("--hash=sha256:") for entry in pins]
-    return [lock.name, len(pins), sum(hashes), hashes.count(0)]
+def wrong_start(
+    docker: Engine, image: str, env: dict[str, str]
+) -> tuple[int, float, str]:
+    """Exit code, seconds until then, and what the container says."""
+    with docker.container(image, environment=env) as box:
+        code = box.wait_exit(20)
+        seconds = time.perf_counter() - box.started
+        return code, seconds, " ".join(box.logs().split())[:110]
+
+
+def where_seen(docker: Engine, image: str, way: str) -> list[Any]:
+    """Start with a key in a variable or in a file; look who else can read it."""
+    key = secrets.token_urlsafe(32)
+    with key_file(key) as path:
+        options: dict[str, Any] = {"environment": {"API_KEYS": key}}
+        if way == "file":
+            mount = {str(path): {"bind": SECRET, "mode": "ro"}}
+            options = {"environment": {"API_KEYS_FILE": SECRET}, "volumes": mount}
+        with docker.container(image, port=PORT, **options) as box:
+            box.wait_ready(READY, START_S)
+            inspected = key in json.dumps(box.inspect())
+            look = "import os; print(dict(os.environ))"
+            inherited = key in box.run("python", "-c", look)[1]
+            answered = ask(box.url, key, tokens=4)[0].ok
+    return [inspected, inherited, answered]
 
 
 def name_and_value(text: str) -> tuple[str, str]:
@@ -287,98 +380,3 @@ def name_and_value(text: str) -> tuple[str, str]:
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found {text!r}")
     return name, value
-
-
-# -- one image's figures
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One rung's figures; lists hold one value a turn."""
-
-    weight: Weight
-    rebuild_s: float
-    start_s: list[float]
-    rate: list[float]  # tokens/s of one caller
-
-    def row(self, name: str) -> list[Any]:
-        size, zipped = self.weight.bytes / MB, self.weight.gzipped / MB
-        packages = [self.weight.debs, self.weight.python, self.weight.shell]
-        start, rate = Series(tuple(self.start_s)), Series(tuple(self.rate))
-        return [
-            name,
-            size,
-            zipped,
-            self.rebuild_s,
-            start.median,
-            rate.median,
-            *packages,
-        ]
-
-
-def once(name: str, measure: Callable[[], float]) -> float:
-    """What was measured under this name before, or is now: for what takes long."""
-    kept = report.folder() / "measured.cache"
-    try:
-        known = json.loads(kept.read_text())
-    except (OSError, ValueError):  # none yet, or broken: measure anew
-        known = {}
-    if name not in known:
-        known[name] = measure()
-        report.write(kept, json.dumps(known))
-    return known[name]
-
-
-# -- a picture of layers
-
-
-def draw_layers(weights: dict[str, Weight], ax: Any) -> None:
-    """One bar an image: its layers side by side, base first, the model hatched."""
-    for place, weight in enumerate(weights.values()):
-        left, parts = 0.0, [x for x in weight.layers if x[1].bytes > 5e5]
-        for i, (step, layer) in enumerate(parts):
-            width = layer.bytes / 1e6
-            ax.barh(place, width, left=left, color=COLOURS[i % 6], edgecolor="white")
-            if width > 40:
-                label = f"{short(step)}\n{width:.0f}"
-                ax.text(
-                    left + width / 2,
-                    place,
-                    label,
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    color="white",
-                )
-            left += width
-        model = weight.model_bytes / 1e6
-        ax.barh(place, model, left=left, color="none", edgecolor="#888", hatch="//")
-        ax.text(
-            left + model + 6,
-            place,
-            f"{weight.bytes / MB:.0f} + model {model:.0f}",
-            va="center",
-        )
-    ax.set_yticks(range(len(weights)), list(weights))
-    ax.invert_yaxis()
-    ax.margins(x=0.18)
-    ax.grid(visible=False)
-    ax.set_xlabel("MB, uncompressed; one colour a layer, the model hatched")
-    ax.set_title("What the layers weigh")
-
-
-def short(step: str, most: int = 18) -> str:
-    """An instruction in few characters: the builder's own words dropped."""
-    words = step.replace("/bin/sh -c", "").replace("#(nop)", "").split()
-    words = [
-        w for w in words if not w.startswith(("--", "file:", "dir:", "|", "multi:"))
-    ]
-    text = " ".join(words).replace("COPY in /", "COPY /").replace("?", "base")
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def medians(rows: Sequence[Sequence[float]]) -> list[float]:
-    """The median of every column."""
-    from statistics import median
-
-    return [median(column) for column in zip(*rows, strict=True)]
