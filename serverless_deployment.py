@@ -20,13 +20,18 @@ from __future__ import annotations
 
 # This file is the function that gets deployed. Whatever it imports here, every cold
 # start pays for, so the demonstrations import what they need when they run.
+import json
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy
 
+    from course.lesson import Run
+    from local_cloud.functions import Function, Platform
     from models import Piece, Sampling
     from models.lean import Lean
 
@@ -40,6 +45,8 @@ ENVIRONMENT = {
     "ORT_DISABLE_TELEMETRY": "1",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
+QUESTION = {"prompt": "Name a colour.", "max_tokens": 8}  # what the demonstrations ask
+FIRST_TOKEN = {**QUESTION, "max_tokens": 1}
 SUMMARISE = "Summarize the following text in one short sentence:\n\n"
 
 # ## Function-as-a-Service (FaaS) concepts
@@ -103,6 +110,61 @@ def read_event(event: Any, random: numpy.random.Generator) -> tuple[str, Samplin
             "ask for less"
         )
     return SUMMARISE * ("text" in asked) + words[0], sampling
+
+
+def deployed(name: str, **settings: Any) -> Function:
+    """This file's handler as a function with one whole CPU, unless told otherwise."""
+    from local_cloud.functions import Function
+
+    what: dict[str, Any] = {
+        "handler": "serverless_deployment.handler",
+        "environment": ENVIRONMENT,
+        "memory_mb": 1769,
+        "timeout_s": 30.0,
+    }
+    return Function(name, **{**what, **settings})
+
+
+def platform_of(run: Run) -> Platform:
+    """The platform, one for all sections; its sandboxes end with the lesson."""
+    from course.lesson import Skip
+    from local_cloud.functions import FunctionError, Platform
+
+    try:
+        return run.keep("platform", Platform)
+    except FunctionError as missing:
+        raise Skip(str(missing), "pip install -r requirements.txt") from None
+
+
+def demo_concepts(run: Run) -> None:
+    """Follow one sandbox from its start into its freeze; ask for more than allowed."""
+    from course.show import Table
+    from local_cloud.functions import cold_starts, trials
+
+    cloud = platform_of(run)
+    run.fact("limits are enforced by", cloud.kind)
+    run.predict("The first caller waits for the model; all others for their answer.")
+    function = deployed("concepts", reserved=2)
+    cloud.deploy(function)
+    rows: list[list[Any]] = []
+    for what in ("first, a sandbox starts", "at once again", "later, it was frozen"):
+        call = cold_starts.call(cloud, function.name, QUESTION)
+        row = [call.total_ms, call.ready_ms, call.duration_ms, call.billed_ms]
+        rows.append([what, *row, call.memory_mb])
+        trials.freeze(cloud, function.name)
+    columns = ["call", ("caller waits", "ms"), ("of it init", "ms")]
+    columns += [("duration", "ms"), ("billed", "ms"), ("most memory", "MB")]
+    run.table(Table("One sandbox, three calls", columns, rows))
+    run.say(f"{cloud.invoke(function.name, QUESTION).report}")
+    refused = trials.refused(cloud, function.name, QUESTION, callers=3)
+    run.fact("three callers at once, concurrency 2 reserved: refused with 429", refused)
+    added = trials.overhead(cloud, calls=200 if run.quick else 1000)
+    run.fact("the platform's own part of a warm call, median", added.median, "ms")
+    run.conclude(
+        f"The first caller waited {rows[0][1] / rows[1][1]:.1f} times as long as the "
+        f"second, for {rows[0][4] / rows[1][4]:.1f} times the price. Thawing a frozen "
+        f"sandbox is no wait: {rows[2][1] / rows[1][1]:.2f} times."
+    )
 
 
 # ## Cold start mitigation strategies
@@ -169,6 +231,83 @@ if "AWS_LAMBDA_RUNTIME_API" in os.environ:
         register_hooks()
 
 
+def demo_cold_starts(run: Run) -> None:
+    """Take a cold start apart, start in five ways in turns, meet a burst."""
+    from functools import partial
+
+    from local_cloud.functions import cold_starts, trials
+
+    repeats = 2 if run.quick else 4
+    starts = {}
+    with run.progress("taking cold starts apart", total=2) as advance:
+        for kind, env in (("naive", {}), ("tuned", ENVIRONMENT)):
+            starts[kind] = cold_starts.composition(
+                kind, repeats=repeats, environment=env
+            )
+            advance()
+    run.picture(partial(trials.draw_phases, starts), "cold-start", size=(10, 4.6))
+    _, packed, never = cold_starts.openings(repeats=1, environment=ENVIRONMENT)
+    run.say(
+        "Tempting: without packing the weights the model opens in "
+        f"{never.open_cpu_ms:.0f} ms instead of {packed.open_cpu_ms:.0f}. Then each "
+        f"token takes {never.token_cpu_ms:.0f} ms instead of {packed.token_cpu_ms:.1f}."
+    )
+    run.predict("Tuned starts twice as fast as naive; a snapshot 70 times as fast.")
+    told = compare_starts(run, platform_of(run), turns=2 if run.quick else 4)
+    naive, tuned, snapshot = (told[k] for k in ("naive", "tuned", "snapshot"))
+    burst_ms, memory = cold_starts.meet_burst(
+        platform_of(run), deployed("burst"), FIRST_TOKEN, callers=16
+    )
+    run.fact("16 callers at once, all answered from new clones after", burst_ms, "ms")
+    run.fact("memory that such a clone has for itself", memory, "MB")
+    run.conclude(
+        f"Tuned starts {naive / tuned:.1f} times as fast as naive, a snapshot "
+        f"{naive / snapshot:.0f} times, in {snapshot:.1f} ms. Keeping one sandbox warm "
+        "helps the callers that come one by one, and not the second of two."
+    )
+
+
+def compare_starts(run: Run, cloud: Platform, turns: int) -> dict[str, float]:
+    """The first call by strategy; gives the milliseconds before the handler ran."""
+    from course.measure import Series
+    from course.show import Table
+    from local_cloud.functions import cold_starts
+
+    naive = {"handler": "deploy.functions.naive.handler", "environment": {}}
+    ways = [
+        deployed("naive", keep_alive_s=0.0, **naive),
+        deployed("tuned", keep_alive_s=0.0),
+        deployed("snapshot", keep_alive_s=0.0, snapshot=True),
+        deployed("provisioned", keep_alive_s=0.0, provisioned=1),
+    ]
+    with run.progress("first calls") as advance:
+        told = cold_starts.first_calls(cloud, ways, FIRST_TOKEN, turns=turns)
+        advance()
+        told["keep-warm"], told["the second of two"] = cold_starts.kept_warm(
+            cloud, deployed("kept"), FIRST_TOKEN, turns=turns
+        )
+    rows: list[list[Any]] = []
+    ready: dict[str, float] = {}
+    for name, calls in told.items():
+        waits = Series(tuple(call.total_ms for call in calls))
+        ready[name] = Series(tuple(call.ready_ms for call in calls)).median
+        billed = Series(tuple(call.billed_ms for call in calls)).median
+        row = [waits.median, waits.spread, ready[name], billed]
+        rows.append([name, *row, WAITING_COSTS.get(name, "nothing"), waits.n])
+    columns = ["strategy", ("caller waits", "ms"), ("spread", "ms")]
+    columns += [("init or restore", "ms"), ("billed", "ms"), "costs while idle", "n"]
+    run.table(Table("The first call, to the first token", columns, rows))
+    return ready
+
+
+WAITING_COSTS = {
+    "snapshot": "its cache",
+    "provisioned": "a sandbox",
+    "keep-warm": "the timer's calls",
+    "the second of two": "the timer's calls",
+}
+
+
 # ## Memory and timeout optimization
 #
 # Memory is the only knob, and it turns the CPU as well: 1,769 MB buy one whole CPU, a
@@ -219,4 +358,274 @@ def answer_in_time(
     return Answer(text, reason, tokens, rate)
 
 
+def demo_memory(run: Run) -> None:
+    """Turn the knob; run into the deadline with and without looking; add it up."""
+    from functools import partial
+
+    from course.show import Table
+    from local_cloud.functions import costs, tuning
+
+    cloud = platform_of(run)
+    sizes = (256, 1024, 1769) if run.quick else (128, 256, 512, 1024, 1769, 3008)
+    calls = 2 if run.quick else 3
+    run.predict("Twice the memory takes half the time and costs the same, up to 1769.")
+    with run.progress("tuning", total=len(sizes) * (1 + calls)) as advance:
+        tuned = tuning.tune(
+            cloud,
+            deployed("tuning"),
+            QUESTION,
+            sizes_mb=sizes,
+            calls=calls,
+            on_call=advance,
+        )
+    rows = [
+        [p.memory_mb, p.duration_ms, p.billed_ms, p.max_memory_mb, p.usd_per_million]
+        for p in tuned.points
+    ]
+    columns = [("memory", "MB"), ("duration", "ms"), ("billed", "ms")]
+    columns += [("used", "MB"), ("a million calls", "USD")]
+    failed = ", ".join(f"{mb} MB: {why}" for mb, why in tuned.failed.items())
+    run.table(Table("Power tuning, medians of warm calls", columns, rows, failed))
+    run.picture(lambda one, two: tuning.draw_curve(one, two, tuned), "power", panels=2)
+    run_out_of_time(run, cloud)
+    run.fact(
+        "a container that is always up is cheaper from this busy share on",
+        100 * costs.break_even_utilisation(1769, vcpus=1, memory_gb=2),
+        "%",
+    )
+    run.fact("and a provisioned sandbox", 100 * costs.provisioned_break_even(), "%")
+    run.fact("a restore costs as much as init of", costs.restore_in_init_s(), "s")
+    each = costs.cold_probability(rate=1 / 300, keep_alive_s=300)
+    run.fact("one call in 5 min, sandboxes kept as long: cold", 100 * each, "%")
+    month = {"memory_mb": 1769, "vcpus": 1, "memory_gb": 2, "call_s": 1.0}
+    run.picture(partial(costs.draw_month, **month), "month")
+    run.conclude(
+        f"Cheapest at {tuned.cheapest.memory_mb} MB, fastest at "
+        f"{tuned.fastest.memory_mb} MB, balanced at {tuned.balanced().memory_mb} MB. "
+        f"Prices: {costs.LAMBDA_X86.name}, {costs.LAMBDA_X86.region}, as listed "
+        f"{costs.LAMBDA_X86.read}."
+    )
+
+
+def run_out_of_time(run: Run, cloud: Platform) -> None:
+    """A second for 200 tokens on a third of a CPU: two handlers, and who calls next."""
+    from course.measure import stopwatch
+    from course.show import Table
+
+    much = {"prompt": "Tell me a long story about the sea.", "max_tokens": 200}
+    rows: list[list[Any]] = []
+    small = {"memory_mb": 512, "timeout_s": 1.0}
+    ways = {
+        "looks at the time": deployed("looks", **small),
+        "does not": deployed(
+            "blind", handler="deploy.functions.naive.handler", **small
+        ),
+    }
+    for how, function in ways.items():
+        cloud.deploy(function)
+        result = cloud.invoke(function.name, much)
+        answer = json.loads(result.payload)
+        got = answer.get("finish_reason") or answer.get("errorMessage", "")
+        with stopwatch() as watch:
+            cloud.invoke(function.name, FIRST_TOKEN)
+        row = [answer.get("tokens", 0), got.split("Error: ")[-1], 1000 * watch.seconds]
+        rows.append([how, result.report.duration_ms, *row])
+    columns = ["handler", ("duration", "ms"), ("tokens given", ""), "how it ended"]
+    run.table(Table("The deadline", [*columns, ("the next caller waits", "ms")], rows))
+
+
 # ## Event-driven AI applications
+#
+# The other way to be called: not by a caller who waits, but by what happens. An object
+# is put into a bucket, the bucket sends a message, a queue keeps it, and the platform
+# hands messages over in batches. Whatever dies on the way, the message comes again. So
+# everything may happen twice, and the handler must see to it that twice is as good as
+# once: the summary is written under a key that can exist only once, in one transaction.
+# Powertools remembers what was done, which spares the work; it cannot replace the key.
+#
+# One bad document must not bring the others back: the answer names those that failed
+# (`batchItemFailures`), and what fails again and again goes to the dead letters.
+
+
+def summarise(event: Any, context: Any) -> Any:
+    """Summarise the texts that a batch of messages tells of; name those that failed."""
+    from aws_lambda_powertools.utilities import batch
+
+    processor = batch.BatchProcessor(
+        batch.EventType.SQS, raise_on_entire_batch_failure=False
+    )
+    return batch.process_partial_response(event, summarise_message, processor, context)
+
+
+def summarise_message(record: Any, lambda_context: Any) -> None:
+    """Summarise each object that one message tells of, unless that was done before."""
+    from urllib.parse import unquote_plus
+
+    from aws_lambda_powertools.utilities import idempotency
+
+    store = storage()
+    config = idempotency.IdempotencyConfig(lambda_context=lambda_context)
+    once = idempotency.idempotent_function(
+        summarise_object,
+        data_keyword_argument="what",
+        persistence_store=store.done,
+        config=config,
+    )
+    for put in json.loads(record.body)["Records"]:
+        bucket, thing = put["s3"]["bucket"]["name"], put["s3"]["object"]
+        key, version = unquote_plus(thing["key"]), thing["sequencer"]
+        what = {"bucket": bucket, "key": key, "version": version}
+        once(what=what, store=store, context=lambda_context)
+
+
+def summarise_object(what: dict[str, str], store: Any, context: Any) -> str:
+    """Read one version of an object, summarise it, write the summary.
+
+    Raises:
+        ValueError: the text cannot be summarised. The message comes again, in vain, and
+            ends among the dead letters, where somebody looks.
+        TimeoutError: there was no time; half a summary is none.
+    """
+    answer = handler({"text": store.read(what["bucket"], what["key"])}, context)
+    if "error" in answer:
+        raise ValueError(f"{what['key']}: {answer['error']}")
+    if answer["finish_reason"] == "deadline":
+        raise TimeoutError(f"{what['key']}: no time left to finish its summary")
+    store.write(**what, text=answer["text"])
+    return answer["text"]
+
+
+def storage() -> Any:
+    """S3 and DynamoDB on AWS; a folder and a file here, with the same face."""
+    if table := os.environ.get("IDEMPOTENCY_TABLE"):
+        from deploy.functions.aws import Storage as AwsStorage
+
+        return AwsStorage(table)
+    from local_cloud.functions.storage import Storage
+
+    return Storage(os.environ["DATA"])
+
+
+def demo_events(run: Run) -> None:
+    """Put documents, kill workers, count summaries; then the handler elsewhere."""
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
+    run.predict(
+        "Each document is summarised once, whoever is killed; the blank one "
+        "ends among the dead letters."
+    )
+    with TemporaryDirectory() as folder:
+        pipeline(run, platform_of(run), Path(folder))
+    elsewhere(run, platform_of(run))
+
+
+def pipeline(run: Run, cloud: Platform, data: Path) -> None:
+    """Bucket, queue, batches, dead letters; two workers are killed at work."""
+    from course.process import wait_until
+    from course.show import Table
+    from local_cloud.functions import trials
+    from local_cloud.functions.events import Bucket, Mapping
+    from local_cloud.functions.queue import Queue
+    from local_cloud.functions.storage import Storage
+
+    function = deployed(
+        "summarise",
+        handler="serverless_deployment.summarise",
+        environment={**ENVIRONMENT, "DATA": str(data)},
+        timeout_s=10.0,
+        snapshot=True,
+    )
+    cloud.deploy(function)
+    dead = Queue(data / "dead")
+    # Six times the timeout is the rule; here nobody wants to wait a minute for it.
+    queue = Queue(data / "queue", visibility_s=2.0, max_receives=4, dead_letters=dead)
+    with dead, queue, trials.killer(cloud, function.name, times=2) as killed:
+        bucket = Bucket(data / "documents", queue)
+        for name, text in trials.DOCUMENTS.items():
+            bucket.put(name, text.encode())
+        bucket.close()
+        with (
+            Mapping(queue, cloud, function.name, batch_size=4) as mapping,
+            run.progress("summarising"),
+        ):
+            wait_until(lambda: not queue.counts().total, 60.0, "the queue to be empty")
+        letters = dead.counts().total
+    told = Storage(data).summaries()
+    run.say(f"{told[0][0]}: {told[0][1]}")
+    names = [name for name, _ in told]
+    tally = mapping.tally
+    rows = [
+        ["documents put", len(trials.DOCUMENTS)],
+        ["batches handed to the function", tally.invocations],
+        ["workers killed by kill -9 while at work", len(killed)],
+        ["messages that failed and came again", tally.failed],
+        ["documents with a summary", len(set(names))],
+        ["summaries written twice", len(names) - len(set(names))],
+        ["dead letters (the blank document)", letters],
+    ]
+    run.table(Table("From an object to its summary", ["what", ("count", "")], rows))
+
+
+# Elsewhere the words differ, and one thing more. Google's Cloud Run and Azure's plans
+# give one process many requests at once: eight callers share one model and one engine
+# (deploy/functions/instance.py), where Lambda has eight sandboxes. Neither has
+# snapshots for Python; both sell instances that wait. At its deadline Lambda kills the
+# sandbox, Cloud Run answers 504 and lets it run on. The handler is the same: only what
+# an event looks like and how the answer is handed over is written anew, in
+# deploy/functions/google/ and deploy/functions/azure/.
+
+
+def elsewhere(run: Run, cloud: Platform) -> None:
+    """Eight callers at once: eight sandboxes, or one process as on Cloud Run."""
+    from course.show import Table
+    from local_cloud.functions import cold_starts, trials
+
+    callers, name = 8, "eight"
+    cloud.deploy(deployed(name, snapshot=True))
+    cold_starts.burst(cloud, name, QUESTION, callers)  # their sandboxes are there now
+    took, _ = cold_starts.burst(cloud, name, QUESTION, callers)
+    own = trials.memory_mb(cloud, name)
+    rows = [["one request a sandbox (Lambda)", len(cloud.sandboxes(name)), own, took]]
+    with trials.google() as (port, pid):
+        alone = trials.ask_google(port, QUESTION)["text"]
+        took = trials.ask_google_at_once(port, QUESTION, callers)
+        rows.append(["many a process (Cloud Run)", 1, trials.tree_mb(pid), took])
+    columns = ["platform", ("processes", ""), ("memory of their own", "MB")]
+    columns.append((f"{callers} callers answered", "ms"))
+    run.table(Table("One handler, two platforms (both on this machine)", columns, rows))
+    same = alone == json.loads(cloud.invoke(name, QUESTION).payload)["text"]
+    run.conclude(
+        f"{'The same' if same else 'Not the same'} answer from both. A process that "
+        f"batches served {callers} callers {rows[0][3] / rows[1][3]:.1f} times as fast."
+    )
+
+
+SECTIONS = [
+    ("Function-as-a-Service (FaaS) concepts", demo_concepts),
+    ("Cold start mitigation strategies", demo_cold_starts),
+    ("Memory and timeout optimization", demo_memory),
+    ("Event-driven AI applications", demo_events),
+]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the lesson."""
+    import models
+    from course import lesson
+    from models import packed
+
+    models.prepare()
+    packed.ensure()
+    return lesson.run(
+        doc=__doc__,
+        sections=[lesson.Section(*section) for section in SECTIONS],
+        argv=argv,
+        number=3,
+        model_digest=models.prepare,
+        after="read deploy/functions/template.yaml, then deploy the same file",
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +13,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-import model_api
 from course import process
 from tests.api_fixtures import (
     ADMIN_KEY,
@@ -702,45 +698,3 @@ def test_without_a_model_the_server_says_why_and_ends(tmp_path):
         until(lambda: not server.alive)
         assert server.process.returncode == 1
         assert "The model did not load" in server.output()
-
-
-def test_the_lesson_has_the_headings_of_its_sections():
-    text = (ROOT / "model_api.py").read_text()
-    headings = re.findall(r"^# ## (.+)$", text, re.MULTILINE)
-    assert headings == [section.title for section in model_api.SECTIONS]
-
-
-def test_importing_does_nothing():
-    code = (
-        "import sys, threading, model_api;"
-        "heavy = {'onnxruntime', 'tokenizers', 'httpx', 'rich', 'matplotlib'};"
-        "print(threading.active_count(), heavy & set(sys.modules) or 'light')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split() == ["1", "light"]
-
-
-def test_the_lesson_runs_as_a_newcomer_would_run_it(tmp_path):
-    """All four sections on the real model and a real server: nothing skipped."""
-    figures = tmp_path / "figures.json"
-    argv = [sys.executable, "-W", "error", "model_api.py", "--quick"]
-    done = subprocess.run(
-        [*argv, "--json", str(figures)],
-        cwd=ROOT,
-        env={**os.environ, "REPORTS_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    sections = json.loads(figures.read_text())["sections"]
-    assert [s["title"] for s in sections] == [s.title for s in model_api.SECTIONS]
-    assert "SKIPPED" not in done.stdout
-    assert (tmp_path / "model_api-batching.png").stat().st_size > 10_000

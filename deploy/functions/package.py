@@ -34,6 +34,7 @@ CODE = (
     "models",
     "course",
     "local_cloud",
+    "deploy/functions/aws.py",
     "deploy/functions/instance.py",
     "serverless_deployment.py",
 )

@@ -211,6 +211,20 @@ def clones(cloud: Platform, function: Function, count: int) -> Iterator[list[San
     cloud.deploy(replace(fresh, provisioned=0))
 
 
+def meet_burst(
+    cloud: Platform, function: Function, event: Any, callers: int
+) -> tuple[float, float]:
+    """So many callers of a snapshot that nobody has called yet.
+
+    Returns:
+        Milliseconds until all are answered, and the MB that one fresh clone owns.
+    """
+    with clones(cloud, function, 1) as (fresh,):
+        memory = private_mb(fresh.pid)
+    cloud.deploy(replace(function, snapshot=True))
+    return burst(cloud, function.name, event, callers)[0], memory
+
+
 def private_mb(pid: int) -> float:
     """Memory that a process shares with nobody and has written to, in MB."""
     with open(f"/proc/{pid}/smaps_rollup") as file:
