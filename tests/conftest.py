@@ -20,6 +20,7 @@ import models
 from course import process
 from models import build, weights
 
+pytest_plugins = ["tests.container_fixtures"]
 ROOT = Path(__file__).parent.parent
 
 
