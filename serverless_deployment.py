@@ -269,7 +269,6 @@ def demo_cold_starts(run: Run) -> None:
 
 def compare_starts(run: Run, cloud: Platform, turns: int) -> dict[str, float]:
     """The first call by strategy; gives the milliseconds before the handler ran."""
-    from course.measure import Series
     from course.show import Table
     from local_cloud.functions import cold_starts
 
@@ -280,32 +279,20 @@ def compare_starts(run: Run, cloud: Platform, turns: int) -> dict[str, float]:
         deployed("snapshot", keep_alive_s=0.0, snapshot=True),
         deployed("provisioned", keep_alive_s=0.0, provisioned=1),
     ]
-    with run.progress("first calls") as advance:
+    with run.progress("first calls"):
         told = cold_starts.first_calls(cloud, ways, FIRST_TOKEN, turns=turns)
-        advance()
-        told["keep-warm"], told["the second of two"] = cold_starts.kept_warm(
+        told["kept warm"], told["the second of two"] = cold_starts.kept_warm(
             cloud, deployed("kept"), FIRST_TOKEN, turns=turns
         )
-    rows: list[list[Any]] = []
-    ready: dict[str, float] = {}
-    for name, calls in told.items():
-        waits = Series(tuple(call.total_ms for call in calls))
-        ready[name] = Series(tuple(call.ready_ms for call in calls)).median
-        billed = Series(tuple(call.billed_ms for call in calls)).median
-        row = [waits.median, waits.spread, ready[name], billed]
-        rows.append([name, *row, WAITING_COSTS.get(name, "nothing"), waits.n])
+    idle = ["nothing", "nothing", "its cache", "a sandbox", "a timer", "a timer"]
     columns = ["strategy", ("caller waits", "ms"), ("spread", "ms")]
-    columns += [("init or restore", "ms"), ("billed", "ms"), "costs while idle", "n"]
+    columns += [("init or restore", "ms"), ("billed", "ms"), "n", "costs while idle"]
+    rows = [
+        [name, *cold_starts.figures(calls), costs]
+        for (name, calls), costs in zip(told.items(), idle, strict=True)
+    ]
     run.table(Table("The first call, to the first token", columns, rows))
-    return ready
-
-
-WAITING_COSTS = {
-    "snapshot": "its cache",
-    "provisioned": "a sandbox",
-    "keep-warm": "the timer's calls",
-    "the second of two": "the timer's calls",
-}
+    return {row[0]: row[3] for row in rows}
 
 
 # ## Memory and timeout optimization
@@ -409,27 +396,20 @@ def demo_memory(run: Run) -> None:
 
 def run_out_of_time(run: Run, cloud: Platform) -> None:
     """A second for 200 tokens on a third of a CPU: two handlers, and who calls next."""
-    from course.measure import stopwatch
     from course.show import Table
+    from local_cloud.functions import trials
 
-    much = {"prompt": "Tell me a long story about the sea.", "max_tokens": 200}
-    rows: list[list[Any]] = []
     small = {"memory_mb": 512, "timeout_s": 1.0}
+    naive = "deploy.functions.naive.handler"
+    much = {"prompt": "Tell me a long story about the sea.", "max_tokens": 200}
     ways = {
         "looks at the time": deployed("looks", **small),
-        "does not": deployed(
-            "blind", handler="deploy.functions.naive.handler", **small
-        ),
+        "does not": deployed("blind", handler=naive, **small),
     }
-    for how, function in ways.items():
-        cloud.deploy(function)
-        result = cloud.invoke(function.name, much)
-        answer = json.loads(result.payload)
-        got = answer.get("finish_reason") or answer.get("errorMessage", "")
-        with stopwatch() as watch:
-            cloud.invoke(function.name, FIRST_TOKEN)
-        row = [answer.get("tokens", 0), got.split("Error: ")[-1], 1000 * watch.seconds]
-        rows.append([how, result.report.duration_ms, *row])
+    rows = [
+        [how, *trials.deadline(cloud, function, much, FIRST_TOKEN)]
+        for how, function in ways.items()
+    ]
     columns = ["handler", ("duration", "ms"), ("tokens given", ""), "how it ended"]
     run.table(Table("The deadline", [*columns, ("the next caller waits", "ms")], rows))
 
@@ -579,25 +559,22 @@ def pipeline(run: Run, cloud: Platform, data: Path) -> None:
 def elsewhere(run: Run, cloud: Platform) -> None:
     """Eight callers at once: eight sandboxes, or one process as on Cloud Run."""
     from course.show import Table
-    from local_cloud.functions import cold_starts, trials
+    from local_cloud.functions import trials
 
-    callers, name = 8, "eight"
-    cloud.deploy(deployed(name, snapshot=True))
-    cold_starts.burst(cloud, name, QUESTION, callers)  # their sandboxes are there now
-    took, _ = cold_starts.burst(cloud, name, QUESTION, callers)
-    own = trials.memory_mb(cloud, name)
-    rows = [["one request a sandbox (Lambda)", len(cloud.sandboxes(name)), own, took]]
-    with trials.google() as (port, pid):
-        alone = trials.ask_google(port, QUESTION)["text"]
-        took = trials.ask_google_at_once(port, QUESTION, callers)
-        rows.append(["many a process (Cloud Run)", 1, trials.tree_mb(pid), took])
+    callers, function = 8, deployed("eight", snapshot=True)
+    here = trials.sandboxes_at_once(cloud, function, QUESTION, callers)
+    there = trials.process_at_once(QUESTION, callers)
     columns = ["platform", ("processes", ""), ("memory of their own", "MB")]
-    columns.append((f"{callers} callers answered", "ms"))
+    columns += [(f"{callers} callers answered", "ms"), "the answer"]
+    rows = [
+        ["Lambda: one request a sandbox", *here],
+        ["Cloud Run: many a process", *there],
+    ]
     run.table(Table("One handler, two platforms (both on this machine)", columns, rows))
-    same = alone == json.loads(cloud.invoke(name, QUESTION).payload)["text"]
     run.conclude(
-        f"{'The same' if same else 'Not the same'} answer from both. A process that "
-        f"batches served {callers} callers {rows[0][3] / rows[1][3]:.1f} times as fast."
+        f"{'The same' if here[-1] == there[-1] else 'Not the same'} answer from both. "
+        f"The process that batches served {callers} callers "
+        f"{here[2] / there[2]:.1f} times as fast."
     )
 
 

@@ -164,6 +164,14 @@ def first_calls(
     return told
 
 
+def figures(calls: Sequence[Call]) -> list[Any]:
+    """Of such calls: how long they took and its spread, init, billed, and how many."""
+    waits = Series(tuple(call.total_ms for call in calls))
+    ready = Series(tuple(call.ready_ms for call in calls)).median
+    billed = Series(tuple(call.billed_ms for call in calls)).median
+    return [waits.median, waits.spread, ready, billed, waits.n]
+
+
 def _await_idle(cloud: Platform, function: Function) -> None:
     def as_before() -> bool:
         kept = len(cloud.sandboxes(function.name))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from course import draw, process
 from course.measure import Series
-from local_cloud.functions.cold_starts import Phase, private_mb
+from local_cloud.functions.cold_starts import Phase, burst, private_mb
 from local_cloud.functions.errors import TooManyRequests
 from local_cloud.functions.platform import REPOSITORY, Function, Platform
 
@@ -108,12 +108,45 @@ def killer(cloud: Platform, name: str, times: int) -> Iterator[list[int]]:
         thread.join()
 
 
-def memory_mb(cloud: Platform, name: str) -> float:
-    """What all sandboxes of a function hold for themselves."""
-    return sum(private_mb(box.pid) for box in cloud.sandboxes(name) if box.pid)
+def deadline(cloud: Platform, function: Function, event: Any, after: Any) -> list[Any]:
+    """One call that has no time to finish, and what the next caller waits.
+
+    Returns:
+        Milliseconds, tokens given, how it ended, milliseconds of the next call.
+    """
+    cloud.deploy(function)
+    result = cloud.invoke(function.name, event)
+    answer = json.loads(result.payload)
+    ended = answer.get("finish_reason") or answer["errorMessage"].split("Error: ")[-1]
+    begin = time.perf_counter()
+    cloud.invoke(function.name, after)
+    next_ms = 1000 * (time.perf_counter() - begin)
+    return [result.report.duration_ms, answer.get("tokens", 0), ended, next_ms]
 
 
-# ## The same handler on another platform
+# ## Many callers, on two kinds of platforms
+
+
+def sandboxes_at_once(
+    cloud: Platform, function: Function, event: Any, callers: int
+) -> list[Any]:
+    """So many calls at once, a sandbox each: processes, their MB, ms, the answer."""
+    cloud.deploy(function)
+    burst(cloud, function.name, event, callers)  # the sandboxes are there now
+    took, calls = burst(cloud, function.name, event, callers)
+    boxes = cloud.sandboxes(function.name)
+    memory = sum(private_mb(box.pid) for box in boxes if box.pid)
+    return [len(boxes), memory, took, calls[0].answer["text"]]
+
+
+def process_at_once(event: Any, callers: int) -> list[Any]:
+    """So many calls at once to one process, as on Cloud Run: the same figures."""
+    with google() as (port, pid), ThreadPoolExecutor(callers) as pool:
+        text = ask_google(port, event)["text"]
+        begin = time.perf_counter()
+        list(pool.map(lambda _: ask_google(port, event), range(callers)))
+        took = 1000 * (time.perf_counter() - begin)
+        return [1, tree_mb(pid), took, text]
 
 
 @contextmanager
@@ -150,14 +183,6 @@ def ask_google(port: int, event: Any) -> Any:
             f"Expected functions-framework to answer, found {response.status}: {body!r}"
         )
     return json.loads(body)
-
-
-def ask_google_at_once(port: int, event: Any, callers: int) -> float:
-    """So many questions at once; milliseconds until all are answered."""
-    with ThreadPoolExecutor(callers) as pool:
-        begin = time.perf_counter()
-        list(pool.map(lambda _: ask_google(port, event), range(callers)))
-        return 1000 * (time.perf_counter() - begin)
 
 
 def tree_mb(pid: int) -> float:
