@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -257,7 +258,7 @@ def test_importing_the_function_imports_nothing_dear():
 def test_a_wrong_event_gets_a_result_that_says_what_to_send(
     light: lean.Lean, monkeypatch: pytest.MonkeyPatch, event: object, named: str
 ):
-    kept = {"model": light, "random": np.random.default_rng()}
+    kept = {"model": light, "random": random.Random()}
     monkeypatch.setattr(lesson, "LOADED", kept)
     told = lesson.handler(event, context(30_000))
     assert told.keys() == {"error"}

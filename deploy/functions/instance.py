@@ -9,6 +9,7 @@ callers grow their answers together, and a context, which those platforms lack.
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -55,10 +56,8 @@ def initialise() -> None:
     """Opens the engine, once a process, in place of the handler's own init phase."""
     with _opening:
         if not serverless_deployment.LOADED:
-            import numpy
-
             serverless_deployment.LOADED.update(
-                model=Shared(models.load(rows=ROWS)), random=numpy.random.default_rng()
+                model=Shared(models.load(rows=ROWS)), random=random.Random()
             )
 
 
