@@ -202,9 +202,10 @@ def draw_phases(starts: Mapping[str, Sequence[Phase]], ax: Axes) -> None:
     for place, phases in enumerate(starts.values()):
         left = 0.0
         for phase in phases:
-            style = {"color": colours[names.index(phase.name)], "edgecolor": "white"}
-            label = None if phase.name in drawn else phase.name
-            ax.barh(place, phase.cpu_ms, left=left, height=0.55, label=label, **style)
+            colour = colours[names.index(phase.name)]
+            (bar,) = ax.barh(place, phase.cpu_ms, left=left, height=0.55, color=colour)
+            bar.set_edgecolor("white")
+            bar.set_label("_" if phase.name in drawn else phase.name)
             drawn.add(phase.name)
             left += phase.cpu_ms
         total = f"{left:.0f} ms"

@@ -1,15 +1,22 @@
-"""Benchmarks: one command each, from the repository's root.
+"""Benchmarks, from the repository's root: `python -m tests.benchmarks.<name>`.
 
-    python -m tests.benchmarks.rows           the engine beside llama.cpp, by batch size
-    python -m tests.benchmarks.http           the server beside llama-server
-    python -m tests.benchmarks.overhead       what the API adds to the bare engine
-    python -m tests.benchmarks.prefix         a prompt whose beginning is known
-    python -m tests.benchmarks.overload       more requests than the server can answer
-    python -m tests.benchmarks.interference   a long prompt among short gaps
-    python -m tests.benchmarks.cold_start     what a cold start is made of, how small
-    python -m tests.benchmarks.queue          messages a second, and in a storm of kills
-    python -m tests.benchmarks.container      the API in its container, and without one
-    python -m tests.benchmarks.exactness      the graph beside the weights' own numbers
+    rows           the engine beside llama.cpp, by batch size
+    http           the server beside llama-server
+    overhead       what the API adds to the bare engine
+    prefix         a prompt whose beginning is known
+    overload       more requests than the server can answer
+    interference   a long prompt among short gaps
+    exactness      the graph beside the weights' own numbers
+    container      the API in its container, and without one
+    functions      what the functions platform adds, and whether its reports are true
+    cold_start     what a cold start is made of, how small it gets
+    queue          messages a second, and in a storm of kills
+    constrained    answers forced into a form: valid, and at which speed
+    simulator      the simulator beside the theory
+    balancer       balancing policies, and replicas that die
+    jobs           jobs a second on SQLite and Redis, and in a storm of kills
+    cache          an exact cache, prefix routing, a semantic cache's false hits
+    omission       what a closed loop does not see
 
 Each prints its tables and ends with 0, whatever the figures are: a figure is no test.
 All take `--quick` and `--json PATH`, and say in `--help` how long they run. None is

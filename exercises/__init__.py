@@ -1,0 +1,1 @@
+"""The exercises of the module, and the load generator they share."""

@@ -1,0 +1,101 @@
+"""What policies see and answer: the seam between a lesson's ideas and the machinery.
+
+The simulator, the control loop, the balancer and the manifests know policies by these
+types alone; the policies themselves are in `scaling_strategies.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an autoscaler sees at one tick."""
+
+    time_s: float  # on any clock that never goes back
+    ready: int  # replicas that serve
+    starting: int = 0  # replicas that were asked for and do not serve yet
+    metric: float | None = None  # mean over the ready replicas that reported
+    missing: int = 0  # ready replicas that did not report
+    queue: int = 0  # requests or jobs that wait for a replica
+    concurrency: float = 0.0  # requests in flight in all, mean since the last tick
+
+    @property
+    def replicas(self) -> int:
+        """All that were asked for."""
+        return self.ready + self.starting
+
+
+class Autoscaler(Protocol):
+    """Says how many replicas there should be; remembers its own past, nothing else."""
+
+    def desired(self, load: Load) -> int:
+        """The replicas wanted now; called once a tick, in the order of time."""
+        ...
+
+    def reset(self) -> None:
+        """Forget the past."""
+        ...
+
+
+class Picker(Protocol):
+    """Says which member of a fleet gets the next request."""
+
+    def pick(self, loads: Sequence[int]) -> int:
+        """The index of a member, given the requests in flight at each; at least one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limit:
+    """At most so many pods, or so many percent of them, within a period."""
+
+    kind: Literal["Pods", "Percent"]
+    value: int
+    period_s: int = 15
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How replicas may come, or go: after how long a look back, and how fast.
+
+    Of several limits the one that allows the most counts, as by default in Kubernetes.
+    """
+
+    window_s: int
+    limits: tuple[Limit, ...]
+
+
+class Horizontal(Autoscaler, Protocol):
+    """An autoscaler that Kubernetes can run itself: HorizontalPodAutoscaler."""
+
+    target: float
+    minimum: int
+    maximum: int
+    metric: str
+    up: Rules
+    down: Rules
+
+    @property
+    def is_resource(self) -> bool:
+        """Whether the metric is a share of what the pod requests."""
+        ...
+
+
+class Queued(Autoscaler, Protocol):
+    """An autoscaler that KEDA can run: by the length of a queue, down to zero."""
+
+    per_replica: float
+    activation: int
+    minimum: int
+    maximum: int
+    polling_s: int
+    cooldown_s: int
+
+    @property
+    def hpa(self) -> Horizontal:
+        """Who decides between one replica and many."""
+        ...
