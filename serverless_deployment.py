@@ -177,6 +177,7 @@ def demo_concepts(run: Run) -> None:
 # (models/lean.py): no server, no engine, no thread, weights that are mapped instead of
 # read and lie packed as this CPU wants them.
 
+SNAPSHOT = os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "snap-start"
 LOADED: dict[str, Any] = {}  # what the init phase leaves to the handler
 
 
@@ -184,7 +185,7 @@ def initialise() -> dict[str, Any]:
     """The init phase: everything that is dear to make and the same for all callers."""
     from models import lean
 
-    LOADED["model"] = lean.load()
+    LOADED["model"] = lean.load(to_be_forked=SNAPSHOT)
     seed_generators()
     return LOADED
 
@@ -228,7 +229,7 @@ def register_hooks() -> None:
 # test, an editor, the demonstrations) importing this file loads nothing.
 if "AWS_LAMBDA_RUNTIME_API" in os.environ:
     initialise()
-    if os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "snap-start":
+    if SNAPSHOT:
         register_hooks()
 
 

@@ -40,28 +40,36 @@ class PackedRuntime(Runtime):
         return options
 
 
-def load(*, context: int = CONTEXT, threads: int = 1) -> Lean:
+def load(
+    *, context: int = CONTEXT, threads: int = 1, to_be_forked: bool = False
+) -> Lean:
     """Open the model, packing its files first if need be.
 
-    More than one thread is for a process that will never be forked.
+    A process that will be forked reads the weights instead of mapping them: a clone
+    finds the heap in its page tables, and would have to fault a mapped file in again
+    (4 ms of its first answer). More than one thread is for one that never will be.
 
     Raises:
         BuildError: the files cannot be fetched, built or read; the message says why.
     """
+    if to_be_forked:
+        return _read(context, threads)
     try:
         files = packed.ensure()
     except BuildError as refused:
-        return _unpacked(refused, context, threads)
+        # Where no file can be written, as a rule.
+        log = logging.getLogger(__name__)
+        log.warning("opening the model unpacked: %s", refused)
+        return _read(context, threads)
     runtime = PackedRuntime(files.graph, rows=1, context=context, threads=threads)
     return Lean(runtime, Tokenizer.load(files.tokenizer), files.revision)
 
 
-def _unpacked(refused: BuildError, context: int, threads: int) -> Lean:
-    """The same model without packed files: where no file can be written, as a rule."""
+def _read(context: int, threads: int) -> Lean:
+    """The same model from the graph that is not packed."""
     from models import build
 
-    files = build.ensure("int4")  # its error is the better one, if there is one
-    logging.getLogger(__name__).warning("opening the model unpacked: %s", refused)
+    files = build.ensure("int4")
     runtime = Runtime(files.graph, rows=1, context=context, threads=threads)
     return Lean(runtime, Tokenizer.load(files.tokenizer), files.revision)
 
