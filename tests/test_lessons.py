@@ -43,6 +43,12 @@ GUIDE = {
         "Optimizing performance and cost",
         "Monitoring and logging",
     ],
+    "scaling_strategies": [
+        "Auto-scaling configurations",
+        "Load balancing techniques",
+        "Queue-based architectures for peak handling",
+        "Caching strategies for repeated requests",
+    ],
 }
 HEAVY = {"onnxruntime", "tokenizers", "httpx", "rich", "matplotlib", "docker"}
 NEEDS = {"fireworks_deployment": {"httpx", "rich"}}  # the SDK imports them
@@ -107,7 +113,13 @@ def test_importing_does_nothing(name: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["model_api", "serverless_deployment", "fireworks_deployment"]
+    "name",
+    [
+        "model_api",
+        "serverless_deployment",
+        "fireworks_deployment",
+        "scaling_strategies",
+    ],
 )
 def test_the_lesson_runs_as_a_newcomer_would_run_it(name: str, tmp_path: Path):
     """All four sections on the real model, offline: nothing skipped, nothing said."""

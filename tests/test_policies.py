@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as some
 
 from local_cloud.scaling.policies import Limit, Load, Rules
+from local_cloud.scaling.releases import Outcomes, judge, majority, version_for
 from scaling_strategies import (
     DEFAULT_DOWN,
     DEFAULT_UP,
@@ -20,14 +21,10 @@ from scaling_strategies import (
     KPA,
     PICKERS,
     LeastConnections,
-    Outcomes,
     PowerOfTwo,
     QueueLength,
     Random,
     RoundRobin,
-    judge,
-    majority,
-    version_for,
 )
 from tests import policy_vectors as vectors
 

@@ -2,13 +2,24 @@
 
 The rooms of prediction: `policies` (what a policy sees and must answer), `traffic`
 (when requests come and how long each takes), `simulator` (a fleet in virtual time),
-`theory` (what is known without simulating), `kubernetes` (manifests from the same
-policies), `manifest_checks` (what is wrong with them).
+`theory` (what is known without simulating), `planning` (what a fleet costs, and the
+cheapest that keeps a promise), `releases` (who meets a new version, and whether it is
+worse), `kubernetes` (manifests from the same policies), `manifest_checks` (what is
+wrong with them).
 
 The rooms of machinery: `balancer` (what every balancer can do), `haproxy` and `proxy`
 (two that do), `replicas` (processes that come, fail and leave), `standin` (a replica
 that waits instead of computing), `loop` (scales by a policy), `regions` (failover and
 burst between places).
+
+The rooms of waiting: `jobs` (what a queue can do, and SQLite's), `redis_jobs` (the same
+in Redis), `worker` (lease, do, acknowledge), `jobs_api` (`/v1/jobs`).
+
+The rooms of reuse: `cache` (exact answers), `ring` (prefix routing), `semantic` (nearly
+the same question, and why not).
+
+The lesson's trials: `trials` (a day, a stall, a live fleet), `peak` (a peak with and
+without a queue), `reuse` (the caches, measured), `omission` (the stall itself).
 
 Importing any of them starts nothing.
 """

@@ -6,9 +6,12 @@ types alone; the policies themselves are in `scaling_strategies.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+ROUNDING = 1e-9  # 0.6 / 0.2 is a little more than 3: no reason for a fourth replica
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,20 @@ class Limit:
     value: int
     period_s: int = 15
 
+    def ceiling(self, current: int, change: int) -> int:
+        """The most replicas allowed, after a `change` within the period."""
+        before = current - change
+        if self.kind == "Pods":
+            return before + self.value
+        return math.ceil(before * (1 + self.value / 100) - ROUNDING)
+
+    def floor(self, current: int, change: int) -> int:
+        """The fewest replicas allowed, after a `change` within the period."""
+        before = current - change
+        if self.kind == "Pods":
+            return before - self.value
+        return int(before * (1 - self.value / 100) + ROUNDING)
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -99,3 +116,19 @@ class Queued(Autoscaler, Protocol):
     def hpa(self) -> Horizontal:
         """Who decides between one replica and many."""
         ...
+
+
+def within(past: list[tuple[float, int]], after: float) -> list[tuple[float, int]]:
+    """The entries of a history that are younger than `after`."""
+    return [entry for entry in past if entry[0] > after]
+
+
+def check_bounds(name: str, target: float, minimum: int, maximum: int) -> None:
+    """Raises ValueError for numbers that no fleet can follow."""
+    if not (math.isfinite(target) and target > 0):
+        raise ValueError(f"{name}: expected a target above 0, found {target}")
+    if not 0 <= minimum <= maximum or maximum < 1:
+        raise ValueError(
+            f"{name}: expected 0 <= minimum <= maximum and at least 1 replica at most, "
+            f"found minimum {minimum} and maximum {maximum}"
+        )

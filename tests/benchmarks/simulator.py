@@ -16,7 +16,7 @@ import numpy as np
 
 from course import lesson
 from course.show import Cell, Table
-from local_cloud.scaling import theory, traffic
+from local_cloud.scaling import theory, traffic, trials
 from local_cloud.scaling.policies import Picker
 from local_cloud.scaling.simulator import Fleet, Trace, simulate
 from local_cloud.scaling.traffic import Floats
@@ -28,7 +28,6 @@ from scaling_strategies import (
     RHO,
     SCALERS,
     SEED,
-    a_day,
     cost_per_1000,
     known_s,
     live_through,
@@ -146,7 +145,7 @@ def lru(popularity: Floats, size: int, requests: int) -> float:
 
 def autoscaling(run: lesson.Run) -> None:
     """The lesson's day, to fixed fleets and to the three autoscalers."""
-    arrivals = a_day(np.random.default_rng(SEED))
+    arrivals = trials.a_day(np.random.default_rng(SEED), DAY_S)
     rows: list[list[Cell]] = []
     with run.progress("autoscaling", len(SCALERS)) as advance:
         for name in SCALERS:

@@ -1,0 +1,384 @@
+"""The lesson's traffic, and its live trial: real processes behind a balancer.
+
+`live` lets a policy scale replicas behind a balancer while the load rises and falls,
+and plays the same requests to the simulator. `a_day` is the traffic of a simulated day,
+`one_stall` the experiment with coordinated omission.
+
+The replicas are stand-ins, which wait where a GPU would work. Everything else is real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from course import draw, load
+from course.load import Outcome
+from course.show import Cell, Table
+from local_cloud.scaling import standin, theory, traffic
+from local_cloud.scaling.balancer import Balancer
+from local_cloud.scaling.haproxy import HAProxy, NoHAProxy, find
+from local_cloud.scaling.loop import ControlLoop, Tick
+from local_cloud.scaling.omission import Experiment, Row, measure
+from local_cloud.scaling.policies import Autoscaler, Picker
+from local_cloud.scaling.proxy import Proxy
+from local_cloud.scaling.regions import front, region
+from local_cloud.scaling.replicas import ReplicaSet
+from local_cloud.scaling.simulator import Fleet, Trace, simulate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from models import Model
+
+PATH = "/v1/chat/completions"
+SEED = 1
+STEADY = 0.9  # busier than this, a queue takes longer to settle than the trial lasts
+
+
+def one_queue(picker: Picker, slots: int, queue_s: float = 30.0) -> Balancer:
+    """HAProxy with one queue for all members, or the portable proxy where it is not.
+
+    Args:
+        picker: the proxy's, among the members that have a free slot.
+        slots: requests a member gets at a time.
+        queue_s: a request waits for a slot at most; then it is refused with 503.
+    """
+    try:
+        find()
+    except NoHAProxy:
+        return Proxy(picker, slots=slots, queue_s=queue_s)
+    return HAProxy("queue", slots=slots, queue_s=queue_s)
+
+
+async def send_all(url: str, bodies: list[Any], due: list[float]) -> list[Outcome]:
+    """Post each body when it is due, whatever became of those before."""
+    async with load.client() as http:
+        return await load.run_open_loop(
+            lambda number: load.post(http, url, bodies[number]), due
+        )
+
+
+# A day, and a stall.
+
+
+def a_day(rng: np.random.Generator, day_s: float) -> traffic.Floats:
+    """Few requests at midnight, many at noon, and bursts at any hour."""
+    calm = traffic.daily(rng, 1, 20, day_s)
+    burst = traffic.bursts(rng, 0, 20, 1770, 30, day_s)
+    return np.sort(np.concatenate([calm, burst]))
+
+
+def draw_day(
+    arrivals: traffic.Floats,
+    service_s: float,
+    traces: Mapping[str, Trace],
+    axes: Axes,
+) -> None:
+    """Replicas over the day beside the work that came."""
+    edges = np.arange(0, arrivals[-1] + 60, 60)
+    work = np.histogram(arrivals, edges)[0] / 60 * service_s
+    axes.fill_between(edges[:-1] / 3600, work, color="#dddddd", label="work (Erlang)")
+    for (name, trace), colour in zip(traces.items(), draw.COLOURS, strict=False):
+        hours = [tick.load.time_s / 3600 for tick in trace.ticks]
+        ready = [tick.load.ready for tick in trace.ticks]
+        axes.step(hours, ready, label=name, color=colour, linewidth=1.2)
+    axes.set_title("Replicas that serve")
+    axes.set_xlabel("time (h)")
+    axes.set_ylabel("replicas")
+    axes.set_ylim(0, 46)
+    axes.legend(loc="upper right", ncols=3)
+
+
+def day_table(fleets: Mapping[str, Trace], costs: Sequence[float]) -> Table:
+    """What each fleet made of the day; `costs` in dollars for 1,000 requests."""
+    rows: list[list[Cell]] = []
+    for (name, trace), cost in zip(fleets.items(), costs, strict=True):
+        mean = trace.replica_s / float(trace.ends.max())
+        times = trace.quantile(0.5), trace.quantile(0.95)
+        rows.append([name, mean, 100 * trace.utilisation, *times, cost])
+    columns = ["fleet", ("replicas, mean", ""), ("busy", "%"), ("p50", "s")]
+    columns += [("p95", "s"), ("1,000 requests", "$")]
+    count = len(next(iter(fleets.values())).arrivals)
+    return Table("A day", columns, rows, f"simulated; n = {count:,} requests")
+
+
+def one_stall(stall_s: float) -> list[Row]:
+    """A stall as a closed loop, an open loop and the truth have it."""
+    seconds = 1.5 + stall_s
+    short = Experiment(seconds=seconds, clients=2, stall_at_s=0.75, stall_s=stall_s)
+    return asyncio.run(measure(short))
+
+
+def stall_table(told: Sequence[Row]) -> Table:
+    """Who tells what of the stall."""
+    rows: list[list[Cell]] = [
+        [row.what, row.requests, row.met_stall, 1000 * row.p50_s, 1000 * row.p99_s]
+        for row in told
+    ]
+    columns = [
+        "who tells it",
+        "requests",
+        "met the stall",
+        ("p50", "ms"),
+        ("p99", "ms"),
+    ]
+    note = "a server that waits instead of computing, and once stops for a while"
+    return Table("Coordinated omission", columns, rows, note)
+
+
+# Load rises and falls, and replicas come and go.
+
+
+@dataclass(frozen=True)
+class Wave:
+    """A day in a few seconds: few requests, many, few."""
+
+    seconds: float = 10.0
+    low: float = 6.0  # requests a second
+    high: float = 70.0
+    service_s: float = 0.05  # mean; exponential
+    most: int = 8  # replicas
+    tick_s: float = 0.5
+
+    def rate(self, time_s: float) -> float:
+        """Requests a second that are meant to come at this moment."""
+        share = (1 - np.cos(2 * np.pi * time_s / self.seconds)) / 2
+        return float(self.low + (self.high - self.low) * share)
+
+
+@dataclass(frozen=True)
+class Live:
+    """What became of a wave: measured, and simulated with the same requests."""
+
+    wave: Wave
+    ticks: list[Tick]
+    outcomes: list[Outcome]
+    simulated: Trace
+    balancer: str
+    start_s: float  # a replica took to serve, on average
+
+    @property
+    def failed(self) -> int:
+        return sum(not outcome.ok for outcome in self.outcomes)
+
+    @property
+    def sojourns(self) -> traffic.Floats:
+        """Seconds from when each request was due to its answer."""
+        return np.array([outcome.total_s for outcome in self.outcomes])
+
+    @property
+    def most(self) -> int:
+        """Replicas that served at once."""
+        return max(tick.load.ready for tick in self.ticks)
+
+
+def live(autoscaler: Autoscaler, picker: Picker, wave: Wave | None = None) -> Live:
+    """Scale real processes through a wave, then simulate the same with what it cost."""
+    wave = wave or Wave()
+    rng = np.random.default_rng(SEED)
+    due = traffic.daily(rng, wave.low, wave.high, wave.seconds)
+    services = traffic.exponential(rng, wave.service_s, len(due))
+    bodies = [{"service_ms": 1000 * float(service)} for service in services]
+    with ExitStack() as stack:
+        balancer = stack.enter_context(one_queue(picker, slots=1))
+        replicas = stack.enter_context(
+            ReplicaSet(standin.command, balancer=balancer, most=wave.most)
+        )
+        replicas.wait(1)
+        loop = stack.enter_context(
+            ControlLoop(autoscaler, replicas, balancer, every_s=wave.tick_s)
+        )
+        outcomes = asyncio.run(send_all(balancer.url + PATH, bodies, due.tolist()))
+        time.sleep(2 * wave.tick_s)  # the loop sees the end, too
+        ticks, start_s = list(loop.history), started_s(replicas)
+    autoscaler.reset()
+    fleet = Fleet(1, start_s=start_s, tick_s=wave.tick_s)
+    trace = simulate(due, services, fleet, None, autoscaler)
+    name = type(balancer).__name__
+    return Live(wave, ticks, outcomes, trace, name, start_s)
+
+
+def started_s(replicas: ReplicaSet) -> float:
+    """How long replicas took from being asked for to serving, on average."""
+    began = {e.replica: e.time_s for e in replicas.events if e.what == "started"}
+    took = [
+        event.time_s - began[event.replica]
+        for event in replicas.events
+        if event.what == "ready"
+    ]
+    return fmean(took)
+
+
+def live_table(found: Live) -> Table:
+    """The real fleet beside the simulated one."""
+    rows: list[list[Cell]] = []
+    for name, stays, ticks in (
+        (f"real, behind {found.balancer}", found.sojourns, found.ticks),
+        ("simulated, same requests", found.simulated.sojourns, found.simulated.ticks),
+    ):
+        ready = [tick.load.ready for tick in ticks]
+        times = [1000 * float(np.quantile(stays, share)) for share in (0.5, 0.95)]
+        rows.append([name, max(ready), ready[-1], *times, len(stays)])
+    columns = [
+        "fleet",
+        "most replicas",
+        "at the end",
+        ("p50", "ms"),
+        ("p95", "ms"),
+        "n",
+    ]
+    note = f"{found.failed} failed; a replica took {found.start_s:.2f} s to serve; "
+    note += f"it {standin.NOTICE}"
+    return Table("Replicas come and go", columns, rows, note)
+
+
+def draw_live(found: Live, scaling: Axes, waiting: Axes, latency: Axes) -> None:
+    """Replicas, requests in the system and latency: real, simulated, by formula."""
+    blue, orange, green = draw.COLOURS[:3]
+    wave, ticks = found.wave, found.ticks
+    times = np.array([tick.time_s for tick in ticks])
+    offered = np.array([wave.rate(t) if t < wave.seconds else 0.0 for t in times])
+    work = offered * wave.service_s
+    ready = np.array([tick.load.ready for tick in ticks])
+    scaling.fill_between(times, work, color="#dddddd", label="work (Erlang)")
+    scaling.step(times, ready, color=blue, where="post", label="real")
+    looks = found.simulated.ticks
+    at = [look.load.time_s for look in looks]
+    served = [look.load.ready for look in looks]
+    scaling.step(at, served, "--", color=orange, where="post", label="simulated")
+    stays = stay_by_theory(ready, work, wave.service_s)
+    inside = [tick.load.concurrency for tick in ticks]
+    waiting.plot(times, inside, color=blue, label="real")
+    simulated = [look.load.concurrency for look in looks]
+    waiting.plot(at, simulated, "--", color=orange, label="simulated")
+    waiting.plot(times, offered * stays, ":", color=green, label="M/M/c at this load")
+    arrivals, trace = [o.due_s for o in found.outcomes], found.simulated
+    for stay, colour, dash in (
+        (found.sojourns, blue, "-"),
+        (trace.sojourns, orange, "--"),
+    ):
+        latency.plot(*by_second(arrivals, stay), dash, color=colour)
+    latency.plot(times, 1000 * stays, ":", color=green)
+    named = {"replicas that serve": scaling, "requests inside": waiting}
+    for label, axes in {**named, "latency, mean (ms)": latency}.items():
+        axes.set_title(label)
+        axes.set_xlabel("time (s)")
+        axes.set_xlim(0, max(times))
+        axes.set_ylim(bottom=0)
+    scaling.set_ylim(0, 1.6 * wave.most)
+    scaling.legend(loc="upper right")
+    waiting.legend(loc="upper right")
+
+
+def stay_by_theory(ready: Any, work: Any, service_s: float) -> traffic.Floats:
+    """Mean seconds in an M/M/c of so many servers; NaN where it cannot settle."""
+    stays = [
+        theory.mmc_wait(int(servers), float(erlang), service_s) + service_s
+        if erlang < STEADY * servers
+        else np.nan
+        for servers, erlang in zip(ready, work, strict=True)
+    ]
+    return np.array(stays)
+
+
+def by_second(times: Any, stays: Any) -> tuple[list[float], list[float]]:
+    """The mean stay in ms of those who came within each second."""
+    seconds = np.asarray(times).astype(int)
+    there = sorted(set(seconds.tolist()))
+    means = [1000 * float(np.mean(stays[seconds == one])) for one in there]
+    return [one + 0.5 for one in there], means
+
+
+# One large replica or several small ones.
+
+
+def tokens_per_s(load_model: Callable[[], Model], replicas: int) -> float:
+    """What so many engines answer together, asked eight things at once."""
+    from models import Sampling
+
+    few, count = Sampling(max_tokens=24), 8
+    with ExitStack() as stack:
+        engines = [stack.enter_context(load_model()) for _ in range(replicas)]
+        for engine in engines:
+            engine.generate("Hi", few)  # warm
+
+        def ask(number: int) -> int:
+            engine = engines[number % replicas]
+            return engine.generate(f"Tell me of {number}.", few).completion_tokens
+
+        began = time.perf_counter()
+        with ThreadPoolExecutor(count) as callers:
+            tokens = sum(callers.map(ask, range(count)))
+        return tokens / (time.perf_counter() - began)
+
+
+def shapes_table(device: str) -> Table:
+    """Vertical (more threads) against horizontal (more replicas), on the real model.
+
+    Beyond the cores more replicas add nothing: a core cannot be in two places.
+    """
+    import models
+
+    rows: list[list[Cell]] = []
+    for replicas, threads in ((1, 1), (1, 2), (2, 1), (4, 1)):
+        load = partial(models.load, device, rows=4, context=512, threads=threads)
+        rows.append([replicas, threads, tokens_per_s(load, replicas)])
+    columns = ["replicas", "threads of each", ("together", "tokens/s")]
+    note = f"8 callers at once, n = 1; this machine has {os.cpu_count()} cores"
+    return Table("Vertical or horizontal", columns, rows, note)
+
+
+# Two regions.
+
+
+@dataclass(frozen=True)
+class Failover:
+    """Requests to two regions, the near one of which is killed halfway."""
+
+    outcomes: list[Outcome]
+    failed_at_s: float
+
+    @property
+    def failed(self) -> int:
+        return sum(not outcome.ok for outcome in self.outcomes)
+
+    def median_ms(self, *, after: bool) -> float:
+        """Of those who came before the region was killed, or after it."""
+        taken = [
+            1000 * outcome.total_s
+            for outcome in self.outcomes
+            if (outcome.due_s >= self.failed_at_s) == after
+        ]
+        return float(np.median(taken))
+
+
+def failover(round_trip_s: float, seconds: float = 2.0) -> Failover:
+    """One stand-in here, one a round trip away; the balancer here is killed halfway.
+
+    Raises:
+        NoHAProxy: the regions need it.
+    """
+    due = load.constant_arrivals(40, seconds)
+    bodies = [{"service_ms": 20}] * len(due)
+    with (
+        region("near", standin.command, replicas=1) as near,
+        region("far", standin.command, replicas=1, round_trip_s=round_trip_s) as far,
+        front([near, far]) as door,
+    ):
+
+        async def send() -> list[Outcome]:
+            asyncio.get_running_loop().call_later(seconds / 2, near.fail)
+            return await send_all(door.url + PATH, bodies, due)
+
+        return Failover(asyncio.run(send()), seconds / 2)

@@ -1,0 +1,708 @@
+"""Many replicas of one model: how many, which one next, who waits, and what is reused.
+
+One server answers well until the day it is busy. Then latency does not grow with load
+but explodes, and whoever adds servers by feel pays for idle ones at night and fails at
+noon. What decides are a few policies, each a formula and a memory: when to add a
+replica, whom to send a request, whom to let wait, what not to compute twice. They are
+written here once; the simulator, the control loop and Kubernetes all run the same ones.
+
+You will see: three autoscalers on one day of traffic; four ways of balancing beside
+what theory says of them; queues that keep what they accepted; caches that are right.
+
+Run it:     python scaling_strategies.py              all four sections, a minute
+            python scaling_strategies.py 2 --quick    one section, rough figures, soon
+            python scaling_strategies.py --manifests  write deploy/kubernetes again
+Import it:  from scaling_strategies import HPA, KPA, QueueLength, PICKERS
+Needs:      pip install -r requirements.txt
+Next:       replay your own traffic: simulate(arrivals, services, fleet, picker)
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from course import lesson
+from course.lesson import Run
+from course.show import Table
+from local_cloud.scaling import kubernetes, releases, reuse, theory, traffic, trials
+from local_cloud.scaling.haproxy import INSTALL, NoHAProxy
+from local_cloud.scaling.jobs import SQLiteJobs
+from local_cloud.scaling.kubernetes import Workload
+from local_cloud.scaling.planning import cheapest, cost_per_1000
+from local_cloud.scaling.policies import (
+    ROUNDING,
+    Autoscaler,
+    Limit,
+    Load,
+    Picker,
+    Rules,
+    check_bounds,
+    within,
+)
+from local_cloud.scaling.simulator import Fleet, Overflow, Trace, simulate
+from local_cloud.scaling.standin import NOTICE
+
+if TYPE_CHECKING:
+    from models import Model
+
+ROOT = Path(__file__).resolve().parent
+MANIFESTS = ROOT / "deploy" / "kubernetes"
+
+# ## Auto-scaling configurations
+#
+# An autoscaler is a thermostat: it compares a reading with a target, and the whole art
+# is what to read, how long to look back, and how fast to move. Scaling up late costs
+# latency, scaling down early costs it twice, because the replica that was just removed
+# takes its start-up time to come back. So all three below are quick up and slow down.
+#
+# HPA reads the mean of a metric over the replicas. CPU is what most people configure,
+# and wrong for a model: one caller keeps all cores busy, at 100 % the ratio to a target
+# of 70 % is 1.43 however long the queue is. Requests in flight know no such ceiling.
+
+DEFAULT_UP = Rules(0, (Limit("Percent", 100), Limit("Pods", 4)))
+DEFAULT_DOWN = Rules(300, (Limit("Percent", 100),))
+
+
+@dataclass
+class HPA:
+    """Kubernetes' HorizontalPodAutoscaler: replicas follow a metric's mean.
+
+    `ceil(ready * metric / target)`, unless the ratio is within `tolerance` of 1; then
+    what the past recommended holds it back (`window_s`), then `limits`.
+
+    Source: kubernetes/kubernetes, pkg/controller/podautoscaler.
+    """
+
+    target: float  # of the mean; a share of the request if the metric is a resource
+    minimum: int = 1
+    maximum: int = 10
+    metric: str = "cpu"
+    tolerance: float = 0.1
+    up: Rules = DEFAULT_UP
+    down: Rules = DEFAULT_DOWN
+    _recommended: list[tuple[float, int]] = field(default_factory=list, init=False)
+    _changed: list[tuple[float, int]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        check_bounds("HPA", self.target, self.minimum, self.maximum)
+        if self.minimum < 1:
+            raise ValueError(
+                "HPA: expected a minimum of at least 1, because of no replica there is "
+                "no mean; for less use KPA or QueueLength"
+            )
+
+    @property
+    def is_resource(self) -> bool:
+        return self.metric in ("cpu", "memory")
+
+    def recommend(self, load: Load) -> int:
+        """What the reading alone asks for, when in doubt what there is.
+
+        Silent replicas are taken for fully busy before one is removed and for idle
+        before one is added; starting ones for idle before one is added. If the ratio
+        then says the opposite, nothing happens.
+        """
+        reporting = load.ready - load.missing
+        if load.metric is None or reporting < 1 or not math.isfinite(load.metric):
+            return load.replicas
+        ratio = load.metric / self.target
+        counted = load.ready + (load.starting if ratio > 1 else 0)
+        # All of what a pod requests is more than its target, if that is a share of it.
+        busy = max(1.0, 1 / self.target) if self.is_resource else 1.0
+        total = ratio * reporting + (load.missing * busy if ratio <= 1 else 0)
+        if abs(total / counted - 1) <= self.tolerance + ROUNDING:
+            return load.replicas
+        wanted = math.ceil(total - ROUNDING)
+        if ratio > 1:
+            return max(wanted, load.replicas) if total > counted else load.replicas
+        return min(wanted, load.replicas) if total < counted else load.replicas
+
+    def stabilised(self, now: float, current: int, wanted: int) -> int:
+        """The least move that all recommendations of the window agree with."""
+        longest = max(self.up.window_s, self.down.window_s)
+        self._recommended = within(self._recommended, now - longest)
+        self._recommended.append((now, wanted))
+        up = within(self._recommended, now - self.up.window_s)
+        down = within(self._recommended, now - self.down.window_s)
+        least = min([wanted, *(n for _, n in up)])
+        most = max([wanted, *(n for _, n in down)])
+        return min(max(current, least), most)
+
+    def limited(self, now: float, current: int, wanted: int) -> int:
+        """No further from what there was a period ago than a limit allows."""
+        most = max(
+            limit.ceiling(current, self._since(now, limit)) for limit in self.up.limits
+        )
+        least = min(
+            limit.floor(current, self._since(now, limit)) for limit in self.down.limits
+        )
+        low, high = min(current, max(least, self.minimum)), max(current, most)
+        return max(self.minimum, min(max(wanted, low), high, self.maximum))
+
+    def _since(self, now: float, limit: Limit) -> int:
+        return sum(change for _, change in within(self._changed, now - limit.period_s))
+
+    def desired(self, load: Load) -> int:
+        now, current = load.time_s, load.replicas
+        if not self.minimum <= current <= self.maximum:  # at once, whatever is read
+            return max(self.minimum, min(current, self.maximum))
+        wanted = self.stabilised(now, current, self.recommend(load))
+        wanted = self.limited(now, current, wanted)
+        if wanted != current:
+            longest = max(x.period_s for x in (*self.up.limits, *self.down.limits))
+            self._changed = within(self._changed, now - longest)
+            self._changed.append((now, wanted - current))
+        return wanted
+
+    def reset(self) -> None:
+        self._recommended, self._changed = [], []
+
+
+# KPA reads requests in flight, twice: over a minute, and over the last six seconds. If
+# the short look asks for twice what there is, it panics: from then on it believes the
+# larger of both and removes nothing, until the short look has been calm for a minute.
+# Without requests it goes down to nothing.
+
+
+@dataclass
+class KPA:
+    """Knative's autoscaler: replicas follow requests in flight, down to zero.
+
+    Source: knative/serving, pkg/autoscaler/scaling/autoscaler.go, and the defaults of
+    config/core/configmaps/autoscaler.yaml.
+    """
+
+    target: float = 100.0  # requests in flight that one replica can hold
+    utilisation: float = 0.7  # of them, how many it should
+    minimum: int = 0
+    maximum: int = 10
+    stable_s: float = 60.0
+    panic_s: float = 6.0
+    panic_at: float = 2.0  # times the replicas there are
+    max_up: float = 1000.0  # times what there is, in one tick
+    max_down: float = 2.0
+    tick_s: float = 2.0
+    delay_s: float = 0.0  # what was wanted so long ago still counts
+    grace_s: float = 30.0  # idle before the last replica goes
+    _seen: list[tuple[float, float]] = field(default_factory=list, init=False)
+    _wanted: list[tuple[float, int]] = field(default_factory=list, init=False)
+    _panic_since: float | None = field(default=None, init=False)
+    _panic_most: int = field(default=0, init=False)
+    _idle_since: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        aim = self.target * self.utilisation
+        check_bounds("KPA", aim, self.minimum, self.maximum)
+
+    def decide(self, now: float, ready: int, stable: float, panic: float) -> int:
+        """The replicas for requests in flight of the long and of the short look."""
+        aim, there = self.target * self.utilisation, max(1, ready)
+        high, low = math.ceil(self.max_up * there), math.floor(there / self.max_down)
+        for_stable = math.ceil(stable / aim - ROUNDING)
+        for_panic = math.ceil(panic / aim - ROUNDING)
+        wanted = min(max(for_stable, low), high)
+        if for_panic / there >= self.panic_at:
+            self._panic_since = now
+        elif self._panic_since is not None and now - self._panic_since > self.stable_s:
+            self._panic_since, self._panic_most = None, 0
+        if self._panic_since is not None:  # up, but never down
+            urgent = min(max(for_panic, low), high)
+            self._panic_most = wanted = max(wanted, urgent, self._panic_most)
+        self._wanted = [*within(self._wanted, now - self.delay_s), (now, wanted)]
+        return max([wanted, *(n for _, n in within(self._wanted, now - self.delay_s))])
+
+    def desired(self, load: Load) -> int:
+        now = load.time_s
+        if not math.isfinite(load.concurrency):  # a broken reading moves nothing
+            return load.replicas
+        if not self._seen and load.ready > 1:  # no past to judge by: keep what there is
+            self._panic_since, self._panic_most = now, load.ready
+        self._seen = [s for s in self._seen if s[0] > now - self.stable_s]
+        self._seen.append((now, load.concurrency))
+        looks = [self._mean(now - width) for width in (self.stable_s, self.panic_s)]
+        wanted = self.decide(now, load.ready, *looks)
+        wanted = max(self.minimum, min(wanted, self.maximum))
+        if wanted:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+        waits = self._idle_since is not None and now - self._idle_since < self.grace_s
+        return 1 if waits and load.replicas else wanted
+
+    def _mean(self, after: float) -> float:
+        seen = [value for time, value in self._seen if time > after]
+        return sum(seen) / len(seen)
+
+    def reset(self) -> None:
+        self._seen, self._wanted = [], []
+        self._idle_since, self._panic_since, self._panic_most = None, None, 0
+
+
+# QueueLength does not look at replicas at all but at the work that waits for them. It
+# wakes the first replica itself, leaves everything from one to many to an HPA, and lets
+# the last one go when the queue has been empty for as long as `cooldown_s`. It is made
+# for work that may wait: an empty queue says nothing of how busy the replicas are, so
+# that a service whose callers wait for the answer swings between all and one.
+
+
+@dataclass
+class QueueLength:
+    """KEDA's ScaledObject: replicas follow the length of a queue.
+
+    Source: KEDA's documentation 2.21, Scaling Deployments and ScaledObject spec.
+    """
+
+    per_replica: float = 5.0  # jobs waiting for each replica
+    activation: int = 0  # more than so many jobs wake the first one
+    minimum: int = 0
+    maximum: int = 10
+    polling_s: int = 30
+    cooldown_s: int = 300
+    hpa: HPA = field(init=False)
+    _busy_at: float = field(default=-math.inf, init=False)
+
+    def __post_init__(self) -> None:
+        check_bounds("QueueLength", self.per_replica, self.minimum, self.maximum)
+        least = max(1, self.minimum)
+        self.hpa = HPA(self.per_replica, least, self.maximum, metric="queue")
+
+    def desired(self, load: Load) -> int:
+        busy, current = load.queue > self.activation, load.replicas
+        if busy:
+            self._busy_at = load.time_s
+        if current == 0:
+            return self.hpa.minimum if busy or self.minimum else 0
+        if self.minimum == 0 and load.time_s - self._busy_at >= self.cooldown_s:
+            self.hpa.reset()
+            return 0
+        mean = load.queue / current
+        return self.hpa.desired(Load(load.time_s, current, metric=mean))
+
+    def reset(self) -> None:
+        self.hpa.reset()
+        self._busy_at = -math.inf
+
+
+# What it costs is decided here too. A fleet is right when it is the cheapest that keeps
+# its promise, and p95 against replicas is a cliff. So the promise is simulated first;
+# then the same HPA scales real processes, thirty times as fast as it would in earnest.
+
+SEED = 1  # of all that is drawn by chance: the same run twice is the same
+SERVICE_S = 0.5  # a short answer
+DAY_S, START_S, MOST = 4 * 3600.0, 20.0, 40  # a day as short as it can be told
+PEAK, OFFICE = 24, 8  # replicas of two fleets that never change
+BUSIEST = "fixed, for the peak"
+PROMISE_S = 2.0  # p95 from arrival to end
+PRICE_HOUR, PRICE_OVERFLOW = 0.5, 0.001  # dollars; a small GPU, and a request elsewhere
+SCALERS: dict[str, tuple[int, Callable[[], Autoscaler] | None]] = {
+    "fixed, for the mean": (OFFICE, None),
+    BUSIEST: (PEAK, None),
+    "HPA": (2, partial(HPA, 0.7, 2, MOST, metric="requests")),
+    "KPA": (2, partial(KPA, 1.0, maximum=MOST)),
+    "QueueLength": (2, partial(QueueLength, 1.0, maximum=MOST)),
+}
+LIVE_UP = Rules(0, (Limit("Pods", 4, 1),))
+LIVE_DOWN = Rules(3, (Limit("Percent", 100, 1),))
+
+
+def live_through(arrivals: traffic.Floats, name: str, **options: Any) -> Trace:
+    """The day as one of the `SCALERS` has it."""
+    replicas, make = SCALERS[name]
+    policy = make() if make else None
+    tick_s = policy.tick_s if isinstance(policy, KPA) else 15.0
+    fleet = Fleet(replicas, start_s=START_S, tick_s=tick_s, **options)
+    rng = np.random.default_rng(SEED)
+    services = traffic.lognormal(rng, SERVICE_S, 1.0, len(arrivals))
+    return simulate(arrivals, services, fleet, LeastConnections(), policy)
+
+
+def demo_autoscaling(run: Run) -> None:
+    """One day for six fleets, simulated; a minute of it, scaled for real."""
+    run.predict("What follows the load costs less than the peak's fleet; bursts hurt.")
+    arrivals = trials.a_day(np.random.default_rng(SEED), DAY_S)
+    traces = {name: live_through(arrivals, name) for name in SCALERS}
+    burst = Overflow(limit=2 * OFFICE, extra_s=0.05)
+    hybrid = live_through(arrivals, "fixed, for the mean", overflow=burst)
+    fleets = {**traces, "hybrid: mean, rest to a cloud": hybrid}
+    costs = [cost_per_1000(t, PRICE_HOUR, PRICE_OVERFLOW) for t in fleets.values()]
+    run.table(trials.day_table(fleets, costs))
+    scaled = {name: traces[name] for name in ("HPA", "KPA")}
+    work = partial(trials.draw_day, arrivals, SERVICE_S, scaled)
+    run.picture(work, "day")
+    steady = traffic.steady(np.random.default_rng(SEED), 10, 0.9, SERVICE_S, 20_000)
+
+    def simulated(replicas: int) -> Trace:
+        return simulate(*steady, Fleet(replicas), LeastConnections())
+
+    if plan := cheapest(simulated, PROMISE_S, PRICE_HOUR, most=64):
+        name = f"p95 with {plan.replicas - 1} and {plan.replicas} replicas, steady load"
+        less = simulated(plan.replicas - 1).quantile(0.95)
+        run.fact(name, f"{less:.2f} and {plan.p95_s:.2f} s (promise: {PROMISE_S:g} s)")
+    scale_live(run)
+    if not run.quick:
+        run.table(trials.shapes_table(run.device))
+    taken = [trace.replica_s / traces[BUSIEST].replica_s for trace in scaled.values()]
+    p95 = [trace.quantile(0.95) for trace in (*scaled.values(), traces[BUSIEST])]
+    run.conclude(
+        f"Of what the peak's fleet costs, HPA takes {taken[0]:.0%} and KPA "
+        f"{taken[1]:.0%}, with a p95 of {p95[0]:.1f} and {p95[1]:.1f} s "
+        f"instead of {p95[2]:.1f} s: bursts are over before a replica starts."
+    )
+
+
+def scale_live(run: Run) -> None:
+    """The HPA above, real processes, a real balancer; then the same, simulated."""
+    wave = trials.Wave(seconds=3.0) if run.quick else trials.Wave()
+    run.say(f"Now live: each replica is a process that {NOTICE}.")
+    hpa = HPA(1.0, 1, wave.most, metric="requests", up=LIVE_UP, down=LIVE_DOWN)
+    with run.progress("load rises and falls"):
+        found = trials.live(hpa, LeastConnections(), wave)
+    run.table(trials.live_table(found))
+    draw = partial(trials.draw_live, found)
+    run.picture(draw, "live", panels=3, size=(12, 4.6))
+
+
+# ## Load balancing techniques
+#
+# All techniques answer one question: who gets the next request, knowing what? Random
+# knows nothing; round robin knows whose turn it is; the power of two choices looks at
+# two and takes the better; least connections looks at all. Each knows more and waits
+# less, and the second look is worth more than all that follow.
+#
+# Best of all is not to choose: one queue, and whoever is free takes the next. That is
+# None below; a balancer does it by giving each replica no more than it can work on.
+
+
+@dataclass
+class RoundRobin:
+    """Each in turn: fair in numbers, blind to how long a request takes."""
+
+    _last: int = -1
+
+    def pick(self, loads: Sequence[int]) -> int:
+        self._last = (self._last + 1) % len(loads)
+        return self._last
+
+
+@dataclass
+class Random:
+    """Anyone: needs no memory, so that any number of balancers agree."""
+
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed).random
+
+    def pick(self, loads: Sequence[int]) -> int:
+        return int(self._random() * len(loads))
+
+
+@dataclass
+class PowerOfTwo:
+    """The less loaded of two random members, which are never the same one twice."""
+
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed).random
+
+    def pick(self, loads: Sequence[int]) -> int:
+        count = len(loads)
+        one = int(self._random() * count)
+        if count == 1:
+            return one
+        other = (one + 1 + int(self._random() * (count - 1))) % count
+        return one if loads[one] <= loads[other] else other
+
+
+@dataclass
+class LeastConnections:
+    """The least loaded of all; among equals each in turn, or the first gets all."""
+
+    _last: int = -1
+
+    def pick(self, loads: Sequence[int]) -> int:
+        start = (self._last + 1) % len(loads)
+        least = 0 if 0 in loads else min(loads)
+        try:
+            self._last = loads.index(least, start)
+        except ValueError:  # none from here to the end
+            self._last = loads.index(least)
+        return self._last
+
+
+PICKERS: dict[str, Callable[[], Picker | None]] = {
+    "random": Random,
+    "round robin": RoundRobin,
+    "power of two": PowerOfTwo,
+    "least connections": LeastConnections,
+    "central queue": lambda: None,
+}
+
+# Two traps. Who measures a balancer with a few clients that each wait for their answer
+# stops asking when it stalls, and never sees the stall: measure with arrivals that do
+# not wait. And a balancer is where a new version meets its first users: who looks at a
+# canary every minute, and stops when it looks bad, stops many a good one. The split by
+# user and a verdict that may be asked as often as one likes are in `releases`.
+
+REPLICAS, RHO, MEAN_S = 1000, 0.9, 0.05  # of the comparison with theory
+DISTANCE_S = 0.05  # there and back between two regions
+
+
+def known_s() -> dict[str, float | None]:
+    """What theory says of the mean stay; nobody has a formula for them all."""
+    return {
+        "random": theory.power_of_choices(RHO, MEAN_S, 1),
+        "round robin": theory.round_robin(RHO, MEAN_S, REPLICAS),
+        "power of two": theory.power_of_choices(RHO, MEAN_S, 2),
+        "least connections": None,
+        "central queue": MEAN_S + theory.mmc_wait(REPLICAS, RHO * REPLICAS, MEAN_S),
+    }
+
+
+def demo_balancing(run: Run) -> None:
+    """A thousand replicas: theory beside simulation."""
+    requests = 150_000 if run.quick else 1_000_000
+    run.predict("Each further look saves less than the one before.")
+    rng = np.random.default_rng(SEED)
+    load = traffic.steady(rng, REPLICAS, RHO, MEAN_S, requests)
+    known, rows, means = known_s(), [], {}
+    with run.progress("balancing", len(PICKERS)) as advance:
+        for name, make in PICKERS.items():
+            trace = simulate(*load, Fleet(REPLICAS), make()).after(requests // 2)
+            means[name] = 1000 * trace.mean_s
+            formula = known[name]
+            p95 = 1000 * trace.quantile(0.95)
+            rows.append([name, formula and 1000 * formula, means[name], p95])
+            advance()
+    columns = ["who gets it", ("theory", "ms"), ("simulation", "ms"), ("p95", "ms")]
+    note = (
+        f"{REPLICAS} replicas, {RHO:.0%} load, {1000 * MEAN_S:g} ms; n = {requests:,}"
+    )
+    run.table(Table("From arrival to end, mean", columns, rows, note))
+    run.table(trials.stall_table(trials.one_stall(0.6 if run.quick else 2.0)))
+    naive, proper = releases.false_alarms(300, 50, 200, 0.02, SEED)
+    name = "equal canaries called worse, by who looks 50 times"
+    run.fact(name, f"{naive:.0%} with a test at 5 %, {proper:.1%} with `judge`")
+    if not run.quick:
+        fail_over(run)
+    saved = means["random"] - means["power of two"]
+    more = means["power of two"] - means["least connections"]
+    run.conclude(
+        f"Looking at two replicas instead of one saves {saved:.0f} ms; looking at all "
+        f"{REPLICAS} saves {more:.0f} more."
+    )
+
+
+def fail_over(run: Run) -> None:
+    """Two regions behind one address; the near one is killed under load."""
+    try:
+        found = trials.failover(DISTANCE_S, seconds=1.2)
+    except NoHAProxy as missing:
+        run.skip(f"regions: {missing}", INSTALL)
+        return
+    before, after = found.median_ms(after=False), found.median_ms(after=True)
+    name = f"near region killed, the next is {1000 * DISTANCE_S:g} ms away (emulated)"
+    count = len(found.outcomes)
+    run.fact(
+        name, f"{found.failed} of {count} failed; {before:.0f}, then {after:.0f} ms"
+    )
+
+
+# ## Queue-based architectures for peak handling
+#
+# A peak above what the fleet can do leaves two choices: refuse, or let wait. Who waits
+# with an open connection gives up, asks again, and doubles the load. A queue takes the
+# request at once (202, and in Location where to ask), keeps it on disk, and hands it to
+# whoever is free. It helps where the answer may come later, and only for a peak: if
+# more arrives than can be done for good, a queue merely hides it for a while.
+#
+# A worker gets a job on lease. If it dies the lease runs out, and another gets the job:
+# at least once, so what it does must bear repeating. A job that fails every time would
+# go round for ever; after `MAX_TRIES` it is a dead letter, kept for a person.
+
+# Pitfall: the queue grows and grows. Cure: bound it, and answer 429 with Retry-After.
+
+PROMPTS = ("Name a colour.", "Name a fruit.", "Name a river.", "Name a planet.")
+
+
+def demo_queues(run: Run) -> None:
+    """A peak straight at a server and through two queues; jobs for the real model."""
+    from local_cloud.scaling import peak as peaks
+    from local_cloud.scaling import redis_jobs
+    from models import Sampling
+
+    peak = peaks.Peak(seconds=0.3) if run.quick else peaks.Peak()
+    can = peak.slots / peak.service_ms * 1000
+    run.predict(
+        f"{peak.rate_per_s:g} requests a second meet a server for {can:g}: most are "
+        f"refused, or all done after {peak.rate_per_s * peak.seconds / can:.1f} s."
+    )
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        url = stack.enter_context(peaks.server(peak))
+        places = {"SQLite": str(folder / "jobs")}
+        if shutil.which("redis-server"):
+            places["Redis"] = stack.enter_context(redis_jobs.redis_server(folder))
+        else:
+            run.skip("Redis: no redis-server in PATH", redis_jobs.INSTALL)
+        with run.progress("peak", 1 + len(places)) as advance:
+            sent = peaks.direct(url, LeastConnections(), peak)
+            advance()
+            found = {}
+            for name, place in places.items():
+                found[name] = peaks.queued(place, url, peak)
+                advance()
+        jobs = stack.enter_context(SQLiteJobs(folder / "few"))
+        model, few = shared_model(run), Sampling(max_tokens=12)
+        told = reuse.answered(jobs, lambda it: model.generate(it, few).text, PROMPTS)
+    served = sum(outcome.ok for outcome in sent)
+    run.table(peaks.table(len(sent), served, found, peak))
+    done = sum(one.state == "done" for one in told)
+    name = "jobs that the real model did"
+    run.fact(name, f"{done} of {len(told)}, the last: {told[-1].result!r}")
+    last = list(found.values())[-1]
+    run.conclude(
+        f"Of {len(sent)} requests the server alone answered {served}; through a queue "
+        f"{last.done} of {last.accepted} were done, {last.lost} lost. The killed "
+        f"worker's job was with another after {last.redelivered_s:.1f} s; the poisoned "
+        f"one is {last.poison_state} after {last.poison_tries} tries."
+    )
+
+
+def shared_model(run: Run) -> Model:
+    """The real model, loaded once for the sections that ask it."""
+    import models
+
+    load = partial(models.load, run.device, rows=16, context=1024)
+    return run.keep("model", load)
+
+
+# ## Caching strategies for repeated requests
+#
+# The cheapest request is the one that nobody computes. Three ways, from safe to not:
+#
+# 1. The whole answer, for a request equal to the letter, of the same caller, to the
+#    same weights, and only where asking again must bring the same. A crowd that asks at
+#    once shares one computation (single flight); what is a little old is given out
+#    while it is renewed (stale while revalidate), so that nobody waits for the renewal.
+# 2. The beginning of the prompt: the engine keeps what it has read, but each replica
+#    only what it has read itself. Routed by a hash of the beginning, they add up.
+# 3. The answer to what *seems* the same. It is off by default, and the table says why.
+
+NAMES = ("one", "two", "three")  # replicas
+BEGINNINGS, WARM, COUNTED = 9, 20, 36  # conversations that fill the caches, and count
+SHELF = 8  # prompts that a replica keeps
+
+
+def demo_caching(run: Run) -> None:
+    """One answer for a hundred; one beginning on one replica; one false friend."""
+    import models
+    from local_cloud.scaling import semantic
+    from model_api import create_app
+    from serving.settings import Settings
+
+    callers = 100
+    run.predict(f"{callers} equal requests at once cost one answer, not {callers}.")
+    model = shared_model(run)
+    patient = Settings(ttft_target_ms=600_000)  # or it would shed most of the crowd
+    app, tokens = create_app(patient, model=model), 3 if run.quick else 8
+    asked = reuse.ask_repeatedly(app, model, callers, tokens)
+    run.table(reuse.asked_table(asked))
+    load = partial(models.load, run.device, rows=2, context=512, shelf=SHELF)
+    counted = COUNTED // 3 if run.quick else COUNTED
+    prompts = reuse.conversations(model, BEGINNINGS, WARM + counted, SEED)
+    turns, routed = reuse.compare_routing(NAMES, load, prompts, WARM)
+    run.fact("prompt tokens known, by turns", turns, "%")
+    run.fact("prompt tokens known, by prefix", routed, "%")
+    rates = semantic.trial(semantic.embedder(model.tokenizer))
+    run.table(reuse.semantic_table(rates))
+    best = max(rates, key=lambda rate: (rate.right, -rate.false))
+    run.conclude(
+        f"With a cache the model answered {asked[1].computed} of {callers} equal "
+        f"requests; routing by prefix added {routed - turns:.0f} points of hits. The "
+        f"semantic cache that finds {best.right:.0%} of the paraphrases takes "
+        f"{best.false:.0%} of the opposites for them: leave it off."
+    )
+
+
+# What is deployed follows from the policies above, not from a second set of numbers.
+# These manifests were validated, not applied: no cluster is part of the course.
+
+API = Workload(
+    name="model-api",
+    image="model-api",
+    port=8000,
+    cpus=2,
+    memory_mib=2304,  # as docker_deployment.py measures and docker-compose.yml says
+    environment={"ROWS": "16", "CONTEXT": "1024"},
+    drain_s=5,
+    timeout_s=120,
+)
+# Answers under way and waiting: prometheus-adapter makes it of two of the server's own
+# metrics, engine_active_rows + engine_queued_requests. The first alone ends at 16.
+API_HPA = HPA(12, minimum=2, maximum=8, metric="requests_in_flight")
+API_QUEUE = QueueLength(per_replica=16, maximum=8)  # as many jobs as a replica has rows
+API_STREAM = "{jobs}:priority:0"  # as redis_jobs names it
+CANARY_PERCENT = 10
+
+
+def manifests() -> dict[str, list[kubernetes.Manifest]]:
+    """All files of deploy/kubernetes: name to documents."""
+    return {
+        "api.yaml": kubernetes.service(API, API_HPA),
+        "canary.yaml": kubernetes.canary(
+            API, replace(API, track="canary"), CANARY_PERCENT
+        ),
+        "keda.yaml": [kubernetes.scaled_object(API, API_QUEUE, stream=API_STREAM)],
+    }
+
+
+SECTIONS = [
+    lesson.Section("Auto-scaling configurations", demo_autoscaling),
+    lesson.Section("Load balancing techniques", demo_balancing),
+    lesson.Section("Queue-based architectures for peak handling", demo_queues),
+    lesson.Section("Caching strategies for repeated requests", demo_caching),
+]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the lesson, or write the manifests."""
+    return lesson.run(
+        doc=__doc__,
+        sections=SECTIONS,
+        argv=argv,
+        number=5,
+        after="simulate your own traffic, then read deploy/kubernetes",
+        add_arguments=add_arguments,
+        instead=lambda arguments: write_manifests() if arguments.manifests else None,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--manifests", action="store_true", help="write deploy/kubernetes again"
+    )
+
+
+def write_manifests() -> int:
+    """Write all manifests; gives the exit code."""
+    for path in kubernetes.write(MANIFESTS, manifests()):
+        print(path.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
