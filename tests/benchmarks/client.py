@@ -53,7 +53,7 @@ async def ask(server: Server, body: Mapping[str, Any], key: str = "") -> Reply:
 async def _ask(
     server: Server, body: Mapping[str, Any], key: str, sent_at: float
 ) -> Reply:
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    reader, writer = await asyncio.open_connection(server.host, server.port)
     try:
         writer.write(_request(server, body, key))
         status = int((await reader.readline()).split()[1])

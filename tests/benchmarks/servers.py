@@ -26,6 +26,7 @@ class Server:
     port: int
     pid: int
     extra: dict[str, Any] = field(default_factory=dict)
+    host: str = "127.0.0.1"
 
 
 @contextmanager
