@@ -304,9 +304,11 @@ def test_a_known_prompt_is_cached_for_its_own_session_only(client):
 
 
 def test_a_client_that_leaves_ends_its_generation(client, cloud, model):
+    # All 1,500 tokens if nobody stops it (it repeats itself): seconds on any machine.
+    story = [{"role": "user", "content": "Tell me a long story about the sea."}]
     with pytest.raises(fireworks.APITimeoutError):
-        ask(client, max_tokens=1500, timeout=0.3)
-    stream = ask(client, max_tokens=1500, stream=True)
+        ask(client, messages=story, max_tokens=1500, timeout=0.2)
+    stream = ask(client, messages=story, max_tokens=1500, stream=True)
     next(iter(stream))
     stream.close()
     end = time.monotonic() + 5
