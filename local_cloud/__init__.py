@@ -1,8 +1,8 @@
 """The machinery a cloud would run for you, on this machine and on loopback.
 
-One folder a lesson: `containers` (a Docker engine, images, Compose), `functions` (a FaaS
-platform: runtime API, sandboxes, snapshots, queues, events), `fireworks` (a stand-in of
-the Fireworks API), `scaling` (balancer, replicas, control loop, job queues, caches).
+One folder a lesson: `containers` (a Docker engine, images, Compose), `functions` (a
+FaaS platform: runtime API, sandboxes, snapshots, queues, events), `fireworks` (a
+stand-in of the Fireworks API), `scaling` (balancer, replicas, job queues, caches).
 
 Importing any of them starts nothing.
 """
