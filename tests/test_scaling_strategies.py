@@ -24,7 +24,7 @@ from local_cloud.scaling.redis_jobs import RedisJobs, redis_server
 from scaling_strategies import HPA, LeastConnections, live_through, manifests
 from tests.job_fixtures import needs_redis
 
-WAVE = trials.Wave(seconds=2.5, low=5, high=60, most=4, tick_s=0.25)
+WAVE = trials.Wave(seconds=2.5, low=5, high=60, most=4, tick_s=0.25, after_s=3.0)
 PEAK = peaks.Peak(seconds=0.3)
 
 

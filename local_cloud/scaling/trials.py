@@ -150,6 +150,7 @@ class Wave:
     service_s: float = 0.05  # mean; exponential
     most: int = 8  # replicas
     tick_s: float = 0.5
+    after_s: float = 1.0  # that the loop goes on for
 
     def rate(self, time_s: float) -> float:
         """Requests a second that are meant to come at this moment."""
@@ -200,7 +201,7 @@ def live(autoscaler: Autoscaler, picker: Picker, wave: Wave | None = None) -> Li
             ControlLoop(autoscaler, replicas, balancer, every_s=wave.tick_s)
         )
         outcomes = asyncio.run(send_all(balancer.url + PATH, bodies, due.tolist()))
-        time.sleep(2 * wave.tick_s)  # the loop sees the end, too
+        time.sleep(wave.after_s)  # the loop sees the end, too
         ticks, start_s = list(loop.history), started_s(replicas)
     autoscaler.reset()
     fleet = Fleet(1, start_s=start_s, tick_s=wave.tick_s)
