@@ -128,7 +128,7 @@ def start_in_turns(
                 measured.start_s.append(box.wait_ready(trials.READY, trials.START_S))
                 trials.ask(box.url, key, tokens=4)  # the first is slower
                 for _ in range(PAIRS):
-                    measured.rate.append(trials.tokens_per_s(box.url, key))
+                    measured.rate.append(trials.tokens_per_s(box.own_url, key))
                     measured.outside.append(trials.tokens_per_s(url, key))
             advance()
     return seconds
