@@ -29,13 +29,8 @@ PROVISIONED, WARM, SECOND = "provisioned", "keep-warm", "keep-warm-second"
 
 
 def deployed(name: str, **settings: Any) -> Function:
-    """A function with one whole CPU, whose sandboxes end after each call."""
-    defaults = {
-        "handler": "serverless_deployment.handler",
-        "environment": function.ENVIRONMENT,
-        "keep_alive_s": 0.0,
-    }
-    return Function(name, memory_mb=1769, timeout_s=30, **{**defaults, **settings})
+    """The lesson's function, whose sandboxes end after each call."""
+    return function.deployed(name, **{"keep_alive_s": 0.0, **settings})
 
 
 def compositions(run: lesson.Run) -> None:
