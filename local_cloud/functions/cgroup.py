@@ -177,6 +177,7 @@ class Group(Limits):
     """A control group: a folder whose files are the limits and the readings."""
 
     peak, events = "", ""  # files: the most memory, and the count of kills for it
+    door = "cgroup.procs"
 
     def __init__(self, memory_mb: int, folders: Sequence[Path]):
         super().__init__(memory_mb)
@@ -188,7 +189,7 @@ class Group(Limits):
 
     @property
     def doors(self) -> list[str]:
-        return [str(folder / "cgroup.procs") for folder in self.folders]
+        return [str(folder / self.door) for folder in self.folders]
 
     def peak_bytes(self) -> int:
         return int(os.pread(self._peak, 32, 0))
@@ -225,6 +226,9 @@ class GroupV2(Group):
 class GroupV1(Group):
     kind = "cgroup v1"
     peak, events = "memory.max_usage_in_bytes", "memory.oom_control"
+    # A thread may move itself at once; a whole process waits some 10 ms until the
+    # kernel has stopped all forks. Whoever enters here has one thread.
+    door = "tasks"
 
     def _set_memory(self, limit: int) -> None:
         _write(self.folders[0] / "memory.limit_in_bytes", limit)

@@ -91,14 +91,10 @@ class ForkingClient(lambda_runtime_client.LambdaRuntimeClient):
 
 
 def enter(door: str) -> None:
-    """Come under a control group's limits.
-
-    Through `tasks`, if it has one (version 1): a thread may move itself at once, but a
-    whole process waits some 10 ms until the kernel has stopped all forks.
-    """
-    alone = os.path.join(os.path.dirname(door), "tasks")
-    with open(alone if os.path.exists(alone) else door, "w") as file:
-        file.write("0")
+    """Come under a control group's limits (`open` would take three times as long)."""
+    handle = os.open(door, os.O_WRONLY)
+    os.write(handle, b"0")
+    os.close(handle)
 
 
 class _Clones:
