@@ -56,6 +56,7 @@ from serving.wire import ClientLeft, Wire
 
 if TYPE_CHECKING:
     from models import Model
+    from serving.telemetry import Telemetry
 
 # ## Design RESTful endpoints for model inference
 #
@@ -72,9 +73,14 @@ if TYPE_CHECKING:
 
 
 def create_app(
-    settings: Settings | None = None, *, model: Model | None = None
+    settings: Settings | None = None,
+    *,
+    model: Model | None = None,
+    telemetry: Telemetry | None = None,
 ) -> FastAPI:
     """Build the API around the given model (which stays yours to close), or load one.
+
+    Requests are traced and logged by `telemetry`, if there is one.
 
     There is no `app` at module level. A server that imports this file by name would
     run it twice (once as `__main__`): two models, and every metric registered twice.
@@ -98,6 +104,7 @@ def create_app(
         max_body_bytes=service.settings.max_body_bytes,
         body_timeout_s=service.settings.body_timeout_s,
         on_finish=service.metrics.finished,
+        telemetry=telemetry,
     )
     contract.describe(app)
     return app

@@ -603,7 +603,7 @@ def shared_model(run: Run) -> Model:
 # 3. The answer to what *seems* the same. It is off by default, and the table says why.
 
 NAMES = ("one", "two", "three")  # replicas
-BEGINNINGS, WARM, COUNTED = 9, 20, 36  # conversations that fill the caches, and count
+BEGINNINGS, WARM, COUNTED = 12, 24, 36  # conversations that fill the caches, and count
 SHELF = 8  # prompts that a replica keeps
 
 

@@ -70,7 +70,7 @@ class _Shelved:
     row: int
     tenant: str = ""
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    used: int = 0  # the step that used it last
+    used: int = -1  # the step that used it last; -1: it is empty
 
 
 class Engine:
@@ -401,6 +401,7 @@ class Engine:
             elif job in self._queue:
                 self._queue.remove(job)
         job.finish_reason = reason
+        job.total_s = time.monotonic() - job.submitted
         self._finished[reason] += 1
         if job.generated:
             self._answer_tokens = _smooth(self._answer_tokens, job.generated)
@@ -418,10 +419,16 @@ class Engine:
             self._active.pop()
 
     def _keep(self, job: Job, row: int) -> None:
-        """Shelve a finished answer's prompt, unless the shelf has it already."""
+        """Shelve a finished answer's prompt, unless the shelf has it already.
+
+        It replaces a prompt that it continues. On a full shelf also one that it repeats
+        but for a short end, as two questions after the same instructions do: or one
+        beginning, asked for often, would push out all others. Else the oldest goes.
+        """
         if not self._shelf or len(job.ids) < SHORTEST_HIT:
             return
-        place = min(self._shelf, key=lambda entry: entry.used)
+        oldest = min(self._shelf, key=lambda entry: entry.used)
+        alike: list[tuple[int, _Shelved]] = []  # and how many tokens would be lost
         for entry in self._shelf:
             if entry.tenant != job.tenant or not len(entry.ids):
                 continue
@@ -429,8 +436,11 @@ class Engine:
             if shared == len(job.ids):
                 entry.used = self._steps
                 return
-            if shared == len(entry.ids):
-                place = entry  # the beginning of this prompt: it grows
+            spared = min(CHUNK, shared // 4) if len(oldest.ids) else 0
+            if (lost := len(entry.ids) - shared) <= spared:
+                alike.append((lost, entry))
+        least = min(alike, key=lambda one: (one[0], one[1].used), default=(0, oldest))
+        place = least[1]
         self._runtime.copy(row, place.row, len(job.ids))
         place.tenant, place.ids, place.used = job.tenant, job.ids, self._steps
 

@@ -57,7 +57,7 @@ class Job:
         self.finish_reason: str | None = None
         self.complete = False  # whether the last piece is in `pending`, or was taken
         self.error: str | None = None
-        self.queued_s = self.first_token_s = 0.0
+        self.queued_s = self.first_token_s = self.total_s = 0.0  # since submitted
         self.cached = 0  # prompt tokens copied from another answer's
         self.filled = 0  # prompt tokens in the cache
         self.generated = 0

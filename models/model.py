@@ -71,6 +71,11 @@ class _Stream:
         return self._job.error
 
     @property
+    def submitted(self) -> float:
+        """When it was, by `time.monotonic()`."""
+        return self._job.submitted
+
+    @property
     def queued_s(self) -> float:
         return self._job.queued_s
 
@@ -78,6 +83,11 @@ class _Stream:
     def first_token_s(self) -> float:
         """Seconds from the request to the first token; 0 before it."""
         return self._job.first_token_s
+
+    @property
+    def total_s(self) -> float:
+        """Seconds from the request to the last token; 0 before it."""
+        return self._job.total_s
 
     def _take(self) -> Piece | None:
         """Everything that has arrived, as one piece."""

@@ -13,6 +13,7 @@ wire         sending in time, and remembering for replays
 limits       budgets of requests and tokens, with refunds
 idempotency  the same key and body twice: one piece of work, one answer
 metrics      Prometheus metrics, one registry for each app
+telemetry    where traces and logs take hold, if there are any
 pages        the chat at / and the reference at /docs
 server       uvicorn, and a stop that breaks no stream
 trials       what the lesson's demonstrations do to a server

@@ -17,11 +17,17 @@ from uuid import uuid4
 from starlette.exceptions import HTTPException
 
 from serving.answers import error_body
+from serving.telemetry import CURRENT, Exemplar, Telemetry
 
 SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+# Any other word may come as a method too, and each would be a time series of its own.
+METHODS = frozenset(
+    ("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
+)
 LOG = logging.getLogger("serving")
 
-OnFinish = Callable[[str, str, int, float], None]  # route, method, status, seconds
+# route, method, status, seconds, and the trace that shows an example
+OnFinish = Callable[[str, str, int, float, Exemplar], None]
 
 
 class Edge:
@@ -34,8 +40,9 @@ class Edge:
         max_body_bytes: int,
         body_timeout_s: float,
         on_finish: OnFinish,
+        telemetry: Telemetry | None = None,
     ):
-        self.app, self.on_finish = app, on_finish
+        self.app, self.on_finish, self.telemetry = app, on_finish, telemetry
         self.max_body_bytes, self.body_timeout_s = max_body_bytes, body_timeout_s
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -44,12 +51,19 @@ class Edge:
             return
         started = time.perf_counter()
         exchange = Exchange(scope, receive, send, self)
+        trace = self.telemetry and self.telemetry.begin(
+            exchange.id.decode(), scope["headers"]
+        )
+        token = CURRENT.set(trace)
         try:
             await exchange.run()
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            seconds = time.perf_counter() - started
-            self.on_finish(route, scope["method"], exchange.status or 499, seconds)
+            method = scope["method"] if scope["method"] in METHODS else "_OTHER"
+            told = route, method, exchange.status or 499, time.perf_counter() - started
+            exemplar = trace.end(*told, exchange.failure) if trace else None
+            self.on_finish(*told, exemplar)
+            CURRENT.reset(token)
 
 
 class Exchange:
@@ -59,6 +73,7 @@ class Exchange:
         self.scope, self.edge = scope, edge
         self._receive, self._send = receive, send
         self.status = 0  # 0: nothing sent yet
+        self.failure: str | None = "client_left"  # unless it comes to another end
         self.body_bytes, self.body_whole = 0, False
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
@@ -72,9 +87,10 @@ class Exchange:
             return
         try:
             await self.edge.app(self.scope, self.receive, self.send)
-        except Exception:
+        except Exception as error:
             LOG.exception("request %s failed", self.id.decode())
             if self.status:
+                self.failure = type(error).__name__
                 raise  # too late for an answer: let the server cut the connection
             await self.refuse(500, "The server failed. Try again; tell us the id.")
 
@@ -105,6 +121,8 @@ class Exchange:
                 headers.append((b"connection", b"close"))  # do not read the rest
             message = {**message, "headers": headers}
         await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self.failure = None
 
     async def refuse(self, status: int, message: str) -> None:
         """Answer without the application."""

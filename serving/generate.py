@@ -13,6 +13,7 @@ from serving.errors import ApiError, failed_answer
 from serving.limits import Reservation
 from serving.plan import Plan
 from serving.service import Service
+from serving.telemetry import CURRENT
 from serving.wire import Wire
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ async def generate(
     started = time.perf_counter()
     deadline_s = service.settings.request_timeout_s
     streams = plan.submit(service.served(), reservation.tenant, deadline_s)
+    if trace := CURRENT.get():
+        trace.generates(plan.writer.object_, plan.writer.model, streams)
     send = _send_stream if plan.stream else _send_whole
     try:
         await send(plan, streams, wire, headers)
@@ -45,12 +48,14 @@ async def generate(
             stream.cancel()  # at its end nothing; before, a free row at the next step
         reservation.used = _spent(plan, streams)
     total_s = time.perf_counter() - started
+    exemplar = trace.exemplar() if trace else None
     for stream in streams:
         service.metrics.generated(
             prompt=stream.prompt_tokens,
             completion=stream.completion_tokens,
             first_s=stream.first_token_s or None,
             total_s=total_s,
+            exemplar=exemplar,
         )
     return True
 

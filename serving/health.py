@@ -8,7 +8,6 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from serving import answers
-from serving.metrics import CONTENT_TYPE
 from serving.service import service_of
 
 
@@ -46,8 +45,9 @@ async def progress(request: Request) -> Response:
 
 async def scrape(request: Request) -> Response:
     """Show Prometheus the metrics."""
-    text = service_of(request).metrics.render()
-    return Response(text, media_type=CONTENT_TYPE)
+    accept = request.headers.get("accept", "")
+    text, kind = service_of(request).metrics.render(accept)
+    return Response(text, media_type=kind)
 
 
 def healthy(good: bool, status: str) -> Response:

@@ -17,6 +17,9 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.openmetrics import exposition as openmetrics
+
+from serving.telemetry import Exemplar
 
 if TYPE_CHECKING:
     from models.engine import Snapshot
@@ -28,7 +31,10 @@ FIRST_TOKEN_S = [
 ]  # fmt: skip
 PER_TOKEN_S = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5]
 REFUSALS = ("requests_per_minute", "tokens_per_minute", "overloaded", "invalid_api_key")
+GENERATION = ("/v1/chat/completions", "/v1/completions")  # what objectives are about
+STATUSES = (200, 422, 429, 500, 503)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS_TYPE = openmetrics.CONTENT_TYPE_LATEST
 
 
 class Metrics:
@@ -71,7 +77,11 @@ class Metrics:
             "Requests whose client left or stopped reading.",
             registry=registry,
         )
-        self._routes: dict[tuple[str, str, int], Any] = {}
+        self._routes: dict[tuple[str, str, int], Any] = {
+            (route, "POST", status): self.http.labels(route, "POST", str(status))
+            for route in GENERATION
+            for status in STATUSES
+        }
 
     def _histogram(self, name: str, buckets: list[float], model: str) -> Any:
         histogram = Histogram(
@@ -83,13 +93,20 @@ class Metrics:
         )
         return histogram.labels(model)
 
-    def finished(self, route: str, method: str, status: int, seconds: float) -> None:
+    def finished(
+        self,
+        route: str,
+        method: str,
+        status: int,
+        seconds: float,
+        exemplar: Exemplar = None,
+    ) -> None:
         """Count one HTTP exchange; the child is remembered, `labels()` costs more."""
         name = (route, method, status)
         child = self._routes.get(name)
         if child is None:
             child = self._routes[name] = self.http.labels(route, method, str(status))
-        child.observe(seconds)
+        child.observe(seconds, exemplar)
 
     def refuse(self, code: str | None) -> None:
         """Count a request that was turned away while nothing was wrong with it."""
@@ -97,20 +114,32 @@ class Metrics:
             self.refused.labels(code).inc()
 
     def generated(
-        self, *, prompt: int, completion: int, first_s: float | None, total_s: float
+        self,
+        *,
+        prompt: int,
+        completion: int,
+        first_s: float | None,
+        total_s: float,
+        exemplar: Exemplar = None,
     ) -> None:
         """Count one generation that reached its end."""
         self.input_tokens.inc(prompt)
         self.output_tokens.inc(completion)
-        self.duration.observe(total_s)
+        self.duration.observe(total_s, exemplar)
         if first_s is not None:
-            self.first_token.observe(first_s)
+            self.first_token.observe(first_s, exemplar)
             if completion > 1:
-                self.per_token.observe((total_s - first_s) / (completion - 1))
+                per_token_s = (total_s - first_s) / (completion - 1)
+                self.per_token.observe(per_token_s, exemplar)
 
-    def render(self) -> bytes:
-        """The text that Prometheus scrapes."""
-        return generate_latest(self.registry)
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """What Prometheus scrapes, and its type: exemplars are for who can read them.
+
+        Prometheus says that it can. Whoever asks for nothing gets the older text.
+        """
+        if "application/openmetrics-text" in accept:
+            return openmetrics.generate_latest(self.registry), OPENMETRICS_TYPE
+        return generate_latest(self.registry), CONTENT_TYPE
 
 
 class EngineCollector:

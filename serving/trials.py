@@ -7,12 +7,15 @@ import contextlib
 import secrets
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+
+import uvicorn
 
 from course import process
 from course.load import (
@@ -27,6 +30,9 @@ from course.request import Outcome, client, post, stream_chat
 from course.show import Table
 from models import build
 from models.sampling import Sampling
+from serving.asgi import Edge
+from serving.metrics import Metrics
+from serving.telemetry import CURRENT, Telemetry
 
 if TYPE_CHECKING:
     from models import Model
@@ -228,6 +234,108 @@ def overload_table(rows: list[list[Any]], best: float) -> Table:
     title = f"Load as it comes, in multiples of {best:.1f} requests/s"
     note = f"In time: first token within {SLO_FIRST_TOKEN_S:g} s of when it was due."
     return Table(title, columns, rows, note)
+
+
+# ## What watching costs
+
+
+@contextlib.contextmanager
+def served(app: Any) -> Iterator[str]:
+    """Any app behind a real socket, in a thread of this process; gives its address."""
+    config = uvicorn.Config(app, port=0, log_config=None, access_log=False)
+    serving = uvicorn.Server(config)
+    thread = threading.Thread(target=serving.run, daemon=True)
+    thread.start()
+    try:
+        process.wait_until(lambda: serving.started, 30, "the server to listen")
+        port = serving.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serving.should_exit = True
+        thread.join(timeout=30)
+
+
+async def followed(url: str, trace_id: str) -> str:
+    """Ask one question as part of a trace; gives the exemplar that names it."""
+    async with client(url) as http:
+        traced = {"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
+        await http.post(CHAT, json=small_talk(200, 24), headers=traced)
+        accept = {"accept": "application/openmetrics-text"}
+        text = (await http.get("/metrics", headers=accept)).text
+    return next(line for line in text.splitlines() if trace_id in line)
+
+
+async def mixed(url: str, good: int, refused: int) -> None:
+    """Send small requests, and some that no budget can hold."""
+    async with client(url) as http:
+        for _ in range(good):
+            await http.get("/v1/models")
+        for _ in range(refused):
+            await http.post(CHAT, json=small_talk(3, 1990))
+
+
+def watched_s(
+    metrics: Metrics | None,
+    telemetry: Telemetry | None,
+    streams: Sequence[Any],
+    requests: int,
+) -> float:
+    """CPU seconds of one request to an app that answers at once.
+
+    It is the real outermost layer, and the app tells what `generate` tells of these
+    answers; so the difference between two such times is what watching costs.
+    """
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if trace := CURRENT.get():
+            trace.generates("chat.completion", NAME, streams)
+        exemplar = trace.exemplar() if trace else None
+        for stream in streams if metrics else ():
+            metrics.generated(  # type: ignore[union-attr]
+                prompt=stream.prompt_tokens,
+                completion=stream.completion_tokens,
+                first_s=stream.first_token_s,
+                total_s=stream.total_s,
+                exemplar=exemplar,
+            )
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def ignore(_: Any) -> None: ...
+
+    finished = metrics.finished if metrics else lambda *_: None
+    edge = Edge(
+        app,
+        max_body_bytes=1,
+        body_timeout_s=1.0,
+        on_finish=finished,
+        telemetry=telemetry,
+    )
+    scope = {"type": "http", "method": "POST", "headers": [(b"accept", b"*/*")]}
+
+    async def work() -> float:
+        started = time.process_time()
+        for _ in range(requests):
+            await edge({**scope, "state": {}}, None, ignore)
+        return (time.process_time() - started) / requests
+
+    return asyncio.run(work())
+
+
+def watching_s(
+    model: Model, telemetry: Telemetry, requests: int
+) -> tuple[float, float]:
+    """CPU seconds that watching adds to a request, and that its answer takes."""
+    began, answer = time.process_time(), model.stream("Tell me a story.")
+    list(answer)
+    answer_s = time.process_time() - began
+    metrics = Metrics(NAME, lambda: None)
+    rounds = [
+        watched_s(metrics, telemetry, [answer], requests)
+        - watched_s(None, None, [answer], requests)
+        for _ in range(5)
+    ]
+    return median(rounds), answer_s
 
 
 # ## The door

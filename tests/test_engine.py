@@ -252,6 +252,34 @@ def test_more_tenants_than_the_shelf_holds(model: models.Model):
     assert (first.cached_tokens, last.cached_tokens) == (0, 18)
 
 
+def test_many_questions_push_out_no_other_beginning():
+    one, other = cut(100), cut(100, 1000)
+    with models.load(rows=1, shelf=2) as model:
+
+        def known(beginning: list[int], question: int) -> int:
+            ids = beginning + cut(10, 2000 + 20 * question)
+            stream = ask(model, ids, max_tokens=1)
+            answer(stream)
+            return stream.cached_tokens
+
+        assert [known(one, 0), known(other, 1)] == [0, 0]
+        for question in range(2, 6):
+            assert known(one, question) >= len(one)
+        assert known(other, 6) >= len(other)
+
+
+def test_a_long_end_is_kept_beside_its_like():
+    """Two conversations that began with the same instructions are no repetition."""
+    begun = [cut(100) + cut(100, start) for start in (1000, 2000)]
+    with models.load(rows=1, shelf=2) as model:
+        for ids in begun:
+            answer(ask(model, ids, max_tokens=1))
+        again = [ask(model, ids, max_tokens=1) for ids in begun]
+        for stream in again:
+            answer(stream)
+    assert [stream.cached_tokens for stream in again] == [198, 198]
+
+
 @given(left=st.integers(1, 2000), budget=st.integers(2, ALONE))
 def test_no_position_is_ever_computed_alone(left: int, budget: int):
     taken = chunk_size(left, budget)

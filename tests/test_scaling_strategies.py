@@ -204,7 +204,7 @@ def test_routing_by_prefix_finds_more_than_turns(model: models.Model):
     def load() -> models.Model:
         return models.load(rows=2, context=512, shelf=8)
 
-    prompts = reuse.conversations(model, beginnings=9, count=40, seed=1)
+    prompts = reuse.conversations(model, beginnings=12, count=48, seed=1)
     turns, routed = reuse.compare_routing(("one", "two", "three"), load, prompts, 24)
     assert routed >= turns + 25
 

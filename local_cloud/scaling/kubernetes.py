@@ -165,8 +165,7 @@ def address(work: Workload) -> Manifest:
 def horizontal(work: Workload, policy: Horizontal) -> Manifest:
     """The policy as a HorizontalPodAutoscaler.
 
-    A metric that is no resource must reach the cluster's custom metrics API, for which
-    prometheus-adapter is the usual way.
+    A metric that is no resource must reach the cluster's custom metrics API: `adapter`.
     """
     if policy.is_resource:
         share = {
@@ -188,6 +187,30 @@ def horizontal(work: Workload, policy: Horizontal) -> Manifest:
     }
     kind = "HorizontalPodAutoscaler"
     return manifest("autoscaling/v2", kind, work.name, work.labels, spec)
+
+
+def adapter(work: Workload, policy: Horizontal, series: Sequence[str]) -> Manifest:
+    """prometheus-adapter's configuration: the policy's metric is the sum of these series.
+
+    It asks Prometheus for each pod; what stands in << >> the adapter fills in. The
+    labels `namespace` and `pod` are Prometheus' usual ones for pods it has found.
+    Source: kubernetes-sigs/prometheus-adapter, docs/config.md.
+    """
+    terms = [f"sum({one}{{<<.LabelMatchers>>}}) by (<<.GroupBy>>)" for one in series]
+    rule = {
+        "seriesQuery": f'{series[0]}{{namespace!="",pod!=""}}',
+        "resources": {
+            "overrides": {name: {"resource": name} for name in ("namespace", "pod")}
+        },
+        "name": {"matches": ".*", "as": policy.metric},
+        "metricsQuery": " + ".join(terms),
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "adapter-config", "labels": work.labels},
+        "data": {"config.yaml": dumped([{"rules": [rule]}])},
+    }
 
 
 def target_of(work: Workload) -> dict[str, str]:
@@ -265,8 +288,8 @@ def canary(work: Workload, new: Workload, percent: int) -> list[Manifest]:
 # Files.
 
 
-def text(documents: Sequence[Manifest]) -> str:
-    """Documents as one YAML file."""
+def dumped(documents: Sequence[Any]) -> str:
+    """Documents as YAML."""
     import yaml
 
     class Plain(yaml.SafeDumper):
@@ -275,9 +298,18 @@ def text(documents: Sequence[Manifest]) -> str:
         def ignore_aliases(self, data: Any) -> bool:
             return True
 
+    def lines(plain: yaml.SafeDumper, value: str) -> yaml.Node:
+        style = "|" if "\n" in value else None  # a file within the file stays readable
+        return plain.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    Plain.add_representer(str, lines)
+    return yaml.dump_all(documents, Dumper=Plain, sort_keys=False, width=88)
+
+
+def text(documents: Sequence[Manifest]) -> str:
+    """Documents as one file."""
     head = "".join(f"# {line}\n" for line in NOTE.splitlines())
-    body = yaml.dump_all(documents, Dumper=Plain, sort_keys=False, width=88)
-    return f"{head}---\n{body}"
+    return f"{head}---\n{dumped(documents)}"
 
 
 def write(folder: Path, files: Mapping[str, Sequence[Manifest]]) -> list[Path]:

@@ -25,6 +25,7 @@ FREE = {  # the last keys of a path: what may stand below it
     ("limits",): AMOUNTS,
     ("requests",): AMOUNTS,
     ("Service", "spec", "selector"): LABELS,
+    ("ConfigMap", "data"): {"config.yaml"},
 }
 RULES = {
     "stabilizationWindowSeconds": int,
@@ -61,6 +62,17 @@ CUSTOM: dict[str, Any] = {  # resources whose schemas Kubernetes itself does not
         "rules": [{"backendRefs": [{"name": str, "port": int, "weight": int}]}],
     },
 }
+RESOURCES = {"namespace": {"resource": str}, "pod": {"resource": str}}
+ADAPTER = {  # prometheus-adapter's own file, in a ConfigMap
+    "rules": [
+        {
+            "seriesQuery": str,
+            "resources": {"overrides": RESOURCES},
+            "name": {"matches": str, "as": str},
+            "metricsQuery": str,
+        }
+    ]
+}
 
 
 def check(documents: Sequence[Manifest]) -> list[str]:
@@ -81,7 +93,17 @@ def check(documents: Sequence[Manifest]) -> list[str]:
 def field_problems(document: Manifest) -> list[str]:
     """What is wrong with one document by itself."""
     kind = str(document.get("kind"))
-    return [*schema_problems(document), *free_problems(document, (kind,))]
+    problems = [*schema_problems(document), *free_problems(document, (kind,))]
+    if kind == "ConfigMap" and not problems:
+        problems += shape_problems(adapter_file(document), ADAPTER, "config.yaml")
+    return problems
+
+
+def adapter_file(document: Manifest) -> Any:
+    """prometheus-adapter's file within its ConfigMap."""
+    import yaml
+
+    return yaml.safe_load(document["data"]["config.yaml"])
 
 
 def schema_problems(document: Manifest) -> Iterator[str]:
@@ -188,6 +210,8 @@ def scaling_problems(
 ) -> Iterator[str]:
     """Each replica count has one owner, and bounds that can be met."""
     owned: set[str] = set()
+    files = [adapter_file(one) for one in kinds.get("ConfigMap", [])]
+    made = {rule["name"]["as"] for file in files for rule in file["rules"]}
     scalers = [
         *kinds.get("HorizontalPodAutoscaler", []),
         *kinds.get("ScaledObject", []),
@@ -202,6 +226,10 @@ def scaling_problems(
         if target in owned:
             yield f"{kind}: {target} has two autoscalers; keep one"
         owned.add(target)
+        for metric in spec.get("metrics", []):
+            name = metric.get("pods", {}).get("metric", {}).get("name")
+            if name and name not in made:
+                yield f"{kind}: reads {name}, which no rule of the adapter makes"
         low = spec.get("minReplicas", spec.get("minReplicaCount"))
         high = spec.get("maxReplicas", spec.get("maxReplicaCount"))
         if not low <= high:

@@ -16,7 +16,9 @@
     balancer       balancing policies, and replicas that die
     jobs           jobs a second on SQLite and Redis, and in a storm of kills
     cache          an exact cache, prefix routing, a semantic cache's false hits
+    ray            the model on two nodes with Ray Serve, one of them killed (optional)
     omission       what a closed loop does not see
+    lessons        all six lessons, and what they leave behind
 
 Each prints its tables and ends with 0, whatever the figures are: a figure is no test.
 All take `--quick` and `--json PATH`, and say in `--help` how long they run. None is

@@ -1,0 +1,102 @@
+"""Grades one file, in a process of its own that may do what it likes, but not for long.
+
+The process runs pytest with the exercise's grader and the plugin tests/graders/plugin.py.
+It first writes which checks there are, then loads the submission, then writes what each
+check found. So a submission that ends the process, hangs or breaks it cannot make a
+check disappear: what was announced and not reported has failed.
+
+This holds against mistakes, not against malice: a submission runs with your rights.
+Grade strangers' files in a container or on a machine that is thrown away.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from course import process
+from exercises.catalogue import ROOT, Exercise
+from exercises.results import Check, Graded
+
+PLUGIN = "tests.graders.plugin"
+
+
+class GraderError(RuntimeError):
+    """The grader itself could not run: no fault of the submission."""
+
+
+def grade(
+    exercise: Exercise,
+    file: Path | None = None,
+    *,
+    quick: bool = False,
+    limit_s: float | None = None,
+) -> Graded:
+    """Runs all checks of an exercise on a file.
+
+    Args:
+        exercise: which grader.
+        file: the submission; default: the exercise's own file.
+        quick: leaves the slow checks out; they stay unchecked.
+        limit_s: seconds it may take in all; default: the exercise's.
+    """
+    file = (file or exercise.file).resolve()
+    limit_s = limit_s or exercise.limit_s
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="grade-") as folder:
+        report = Path(folder) / "report.jsonl"
+        env = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+        with process.child(_command(exercise, file, report, quick), env=env) as running:
+            try:
+                code = running.process.wait(limit_s)
+                ended = f"your file ended the grader with exit code {code}"
+            except subprocess.TimeoutExpired:
+                ended = f"the time limit of {limit_s:g} s for all checks was over"
+        lines = _lines(report)
+    if not lines:
+        raise GraderError(
+            f"Expected {exercise.grader.name} to announce its checks, found none. "
+            f"It wrote last:\n{running.last_lines()}"
+        )
+    announced, *found = lines
+    seconds = round(time.monotonic() - start, 2)
+    return Graded(
+        exercise=exercise.name,
+        title=exercise.title,
+        file=_shown(file),
+        sha256=announced["sha256"],
+        seconds=seconds,
+        checks=_checks(announced["checks"], found, ended),
+    )
+
+
+def _command(exercise: Exercise, file: Path, report: Path, quick: bool) -> list[str]:
+    """Pytest for this grader alone: no settings, no fixtures and no cache of others."""
+    argv = [sys.executable, "-m", "pytest", "-p", PLUGIN, "-p", "no:cacheprovider"]
+    argv += ["-c", "/dev/null", "--rootdir", str(ROOT), "--noconftest", "--quiet"]
+    argv += ["--import-mode=importlib", "--assert=plain", "--tb=short"]
+    argv += ["-o", "python_functions=check_*", "-o", f"pythonpath={ROOT}"]
+    argv += ["--submission", str(file), "--report", str(report)]
+    return [*argv, *(["--quick-only"] if quick else []), str(exercise.grader)]
+
+
+def _lines(report: Path) -> list[dict[str, Any]]:
+    text = report.read_text(encoding="utf-8") if report.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def _checks(
+    announced: list[dict[str, Any]], found: list[dict[str, Any]], ended: str
+) -> tuple[Check, ...]:
+    outcomes = {each["name"]: each for each in found}
+    lost = {"passed": False, "message": f"never finished: {ended}"}
+    return tuple(Check(**{**a, **outcomes.get(a["name"], lost)}) for a in announced)
+
+
+def _shown(file: Path) -> str:
+    return str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file)

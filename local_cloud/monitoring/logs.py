@@ -1,0 +1,91 @@
+"""Log lines: what JSON can say of a record, and a handler that loses none."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from types import NoneType
+from typing import Any, TextIO
+
+LARGE = 2**63  # beyond it, readers of JSON differ
+
+
+class LineHandler(logging.StreamHandler):
+    """Writes one line a record and never raises: a full disk must not end a request.
+
+    The library's own way with a failure is to print the record's raw arguments, and
+    with them whatever the formatter would have redacted.
+    """
+
+    def __init__(self, formatter: logging.Formatter, stream: TextIO):
+        super().__init__(stream)
+        self.setFormatter(formatter)
+        self.failed = 0
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.failed += 1
+        with suppress(OSError, ValueError):  # stderr may be full or closed as well
+            print(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def lines(
+    formatter: logging.Formatter, stream: TextIO, logger: str = ""
+) -> Iterator[LineHandler]:
+    """Send what a logger (by default every logger) says here, for the block."""
+    handler, target = LineHandler(formatter, stream), logging.getLogger(logger)
+    before = target.level, target.propagate, target.handlers[:]
+    target.setLevel(logging.INFO)
+    target.handlers, target.propagate = [handler], False
+    try:
+        yield handler
+    finally:
+        target.setLevel(before[0])
+        target.propagate, target.handlers = before[1:]
+
+
+def message(record: logging.LogRecord) -> Any:
+    """The record's text, or its parts where they do not make one."""
+    try:
+        return record.getMessage()
+    except Exception as error:
+        return {"template": record.msg, "args": record.args, "error": error}
+
+
+def plain(
+    value: Any, hide: Callable[[str], str], secret: re.Pattern[str], depth: int = 5
+) -> Any:
+    """A copy that JSON can say: texts through `hide`, nothing under a secret's name."""
+    if isinstance(value, (bool, NoneType)):
+        return value
+    if isinstance(value, (int, float)) and abs(value) < LARGE:  # NaN is not less
+        return value
+    if isinstance(value, (dict, list, tuple, set, frozenset)) and not depth:
+        return "[too deep]"
+    if isinstance(value, dict):
+        told = {}
+        for key, each in value.items():
+            name, hidden = _name(key if type(key) is str else _text(key), hide, secret)
+            told[name] = hidden or plain(each, hide, secret, depth - 1)
+        return told
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(each, hide, secret, depth - 1) for each in value]
+    return hide(_text(value))
+
+
+@lru_cache  # the names of fields are few, and the same in every line
+def _name(
+    name: str, hide: Callable[[str], str], secret: re.Pattern[str]
+) -> tuple[str, str | None]:
+    return hide(name), "[redacted]" if secret.search(name) else None
+
+
+def _text(value: Any) -> str:
+    try:
+        return str(value)
+    except Exception as error:
+        return f"[{type(value).__name__} that raised {type(error).__name__}]"

@@ -1,0 +1,312 @@
+"""Grades exercise 2: the parts by arithmetic, the whole on servers with planted faults."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from course import process
+from tests.graders.plugin import Call, Submission, points
+
+SERVER = Path(__file__).with_name("planted_server.py")
+TEST_S = 25.0  # a load test may take 20 s; this machine may be busy
+OTHERS = {"wait_s": 0.02}
+STEADY = {"wait_s": 0.06}  # slow alone, and no slower under load
+SERIAL = {"wait_s": 0.02, "at_once": 1}
+REFUSES = {"wait_s": 0.03, "at_once": 2, "refuses": True}
+
+
+# -- 1a
+
+
+def drawn(submission: Submission, seed: int = 3) -> Call:
+    found = submission.call("schedule", 200.0, 50.0, seed)
+    found.must(isinstance(found.value, list), "a list", "due times come in order")
+    found.must(
+        len(found.value) > 100, "thousands of requests", "200/s are due for 50 s"
+    )
+    return found
+
+
+@points(2, hint="The mean gap is one divided by the rate.")
+def check_schedule_has_the_rate(submission: Submission) -> None:
+    """As many requests are due as the rate says."""
+    found = drawn(submission)
+    n = len(found.value)
+    because = "200/s for 50 s are 10,000, and chance moves that by a hundred or two"
+    found.must(9_500 <= n <= 10_500, "9,500 to 10,500 requests", because, got=n)
+
+
+@points(1, hint="Add up the gaps; stop before the end.")
+def check_schedule_is_in_order(submission: Submission) -> None:
+    """Due times rise, from 0 to below the duration."""
+    found = drawn(submission)
+    due = found.value
+    right = due == sorted(due) and due[0] >= 0 and due[-1] < 50.0
+    got = f"from {due[0]:.3f} to {due[-1]:.3f}"
+    because = "what is due later cannot be sent earlier, and the run ends at 50 s"
+    found.must(right, "rising times in [0, 50)", because, got=got)
+
+
+@points(2, hint="random.Random has a method for gaps between independent events.")
+def check_schedule_is_poisson(submission: Submission) -> None:
+    """Gaps are exponential: users do not agree on taking turns."""
+    found = drawn(submission)
+    due = sorted(found.value)
+    gaps = [b - a for a, b in zip(due, due[1:], strict=False)]
+    mean = statistics.fmean(gaps)
+    spread = statistics.stdev(gaps) / mean
+    long = sum(gap > 2 * mean for gap in gaps) / len(gaps)
+    because = "exponential gaps spread as far as their mean, and 13.5 % exceed twice it"
+    right = 0.93 < spread < 1.07 and 0.12 < long < 0.15
+    got = f"spread {spread:.2f} of the mean, {long:.1%} longer than twice it"
+    found.must(right, "a spread of 1, and 13.5 % long gaps", because, got=got)
+
+
+@points(1, hint="A generator of your own, made from the seed.")
+def check_schedule_follows_the_seed(submission: Submission) -> None:
+    """One seed, one schedule; and nobody else's random numbers change."""
+    before = random.getstate()
+    first, again, other = (drawn(submission, seed) for seed in (3, 3, 4))
+    because = "two versions of a server must meet the very same load"
+    first.must(first.value == again.value, "the same twice", because, got="another")
+    first.must(first.value != other.value, "another by seed 4", because, got="the same")
+    because = "seeding the shared generator changes what others draw from it"
+    undisturbed = random.getstate() == before
+    first.must(undisturbed, "random.getstate() as before", because, got="another")
+
+
+# -- 1b
+
+
+@dataclass
+class Watched:
+    """A `send` that notes when each request began and ended, on its own clock."""
+
+    takes_s: float = 0.0
+    blocks_s: float = 0.0  # the first request stops the whole program for so long
+    fails: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.start = time.perf_counter()
+        self.began: dict[int, float] = {}
+        self.ended: dict[int, float] = {}
+
+    async def __call__(self, number: int) -> None:
+        self.began[number] = time.perf_counter() - self.start
+        if number == 0 and self.blocks_s:
+            time.sleep(self.blocks_s)  # not asyncio's: nothing else runs meanwhile
+        await asyncio.sleep(self.takes_s)
+        self.ended[number] = time.perf_counter() - self.start
+        if number in self.fails:
+            raise ConnectionError("refused")
+
+
+def fired(submission: Submission, send: Watched, due: list[float]) -> Call:
+    found = submission.call("fire", send, due)
+    text = f"fire(send, {due})"
+    found = Call(text, list(found.value))
+    because = "every request that was due must be accounted for"
+    count = len(found.value)
+    found.must(count == len(due), f"{len(due)} samples", because, got=count)
+    return found
+
+
+@points(3, hint="Begin a task for each request before you await any of them.")
+def check_fire_waits_for_no_answer(submission: Submission) -> None:
+    """Requests are sent when due, though no answer has come."""
+    due = [0.0, 0.01, 0.02, 0.03, 0.04]
+    send = Watched(takes_s=0.12)
+    found = fired(submission, send, due)
+    last = max(send.began.values())
+    because = (
+        "an answer takes 0.12 s; a loop that waits for each sends the last at 0.48"
+    )
+    found.must(last < 0.24, "the last one sent at 0.04 s", because, got=last)
+    early = [i for i, at in enumerate(due) if send.began[i] < at - 0.01]
+    because = "sent too early is another load than the schedule's"
+    found.must(not early, "none sent before it is due", because, got=early)
+
+
+@points(3, hint="One start for the run; done_s and due_s are both told from there.")
+def check_fire_counts_from_due(submission: Submission) -> None:
+    """A request that was sent late counts as slow."""
+    send = Watched(blocks_s=0.12)
+    found = fired(submission, send, [0.0, 0.03, 0.06])
+    because = "the program stood still for 0.12 s, and what was due then waited for it"
+    for i, (due, least) in enumerate(((0.0, 0.12), (0.03, 0.09), (0.06, 0.06))):
+        sample = found.value[i]
+        found.must(sample.due_s == due, f"due_s {due}", "so says the schedule", sample)
+        latency, own = sample.latency_s, send.ended[i] - due
+        right = least * 0.95 <= latency <= own + 0.02
+        expected = f"a latency of {least:.2f} s or little more for request {i}"
+        found.must(right, expected, because, got=f"{latency:.3f}")
+
+
+@points(1, hint="What send raises belongs to that one request.")
+def check_fire_keeps_failures(submission: Submission) -> None:
+    """A failed request is a sample, and the others go on."""
+    found = fired(submission, Watched(0.02, fails=(1,)), [0.0, 0.01, 0.02])
+    ok = [sample.ok for sample in found.value]
+    because = "a refused caller is a result; leaving it out makes the server look good"
+    found.must(ok == [True, False, True], "ok, not ok, ok", because, got=ok)
+
+
+@points(1, hint="asyncio.gather keeps the order in which tasks were handed to it.")
+def check_fire_keeps_the_order(submission: Submission) -> None:
+    """Samples come in the order of the schedule."""
+
+    async def send(number: int) -> None:
+        await asyncio.sleep(0.06 if number == 0 else 0.0)
+
+    found = submission.call("fire", send, [0.0, 0.01, 0.02])
+    due = [sample.due_s for sample in found.value]
+    because = "the first is answered last, and sample i is of request i"
+    found.must(due == [0.0, 0.01, 0.02], "due_s as scheduled", because, got=due)
+
+
+# -- 2a
+
+
+@points(2, hint="Round the rank up, not the value.")
+def check_percentile_was_measured(submission: Submission) -> None:
+    """Nearest rank: one of the values that were measured."""
+    values = [15.0, 20.0, 35.0, 40.0, 50.0]
+    random.Random(1).shuffle(values)
+    for q, expected in ((5, 15.0), (30, 20.0), (40, 20.0), (50, 35.0), (100, 50.0)):
+        found = submission.call("percentile", [values], q)
+        because = f"{q} % of the five values are no larger than {expected:g}"
+        found.equals(expected, because)
+
+
+@points(2, hint="First together, then sorted, then one percentile.")
+def check_percentile_is_of_all_values(submission: Submission) -> None:
+    """Workers' values are put together, not their percentiles."""
+    for q, expected in ((99, 1.0), (99.5, 100.0)):
+        found = submission.call("percentile", [[1.0] * 990, [100.0] * 10], q)
+        because = "of 1,000 requests 990 took 1 s; a worker with ten has a small say"
+        found.equals(expected, because)
+
+
+@points(1, hint="Nobody measured anything: that is no number.")
+def check_percentile_needs_values(submission: Submission) -> None:
+    """No value is an error, an empty worker is none, and nothing is changed."""
+    because = "there is no percentile of nothing, and 0 would look excellent"
+    submission.refuses(ValueError, "percentile", [[], []], 50, because=because)
+    groups = [[], [3.0, 1.0, 2.0]]
+    found = submission.call("percentile", groups, 50)
+    found.equals(2.0, "a worker without requests takes nothing away")
+    because = "a function that asks for values must not sort its caller's"
+    found.must(groups == [[], [3.0, 1.0, 2.0]], "the groups unchanged", because, groups)
+
+
+# -- 2b, on servers with a fault
+
+
+@contextmanager
+def server(routes: dict[str, dict[str, Any]]) -> Iterator[int]:
+    port = process.free_port()
+    argv = [sys.executable, str(SERVER), str(port), json.dumps(routes)]
+    with process.child(argv, ready=f"http://127.0.0.1:{port}/ready"):
+        yield port
+
+
+async def ask_at(port: int, route: str) -> None:
+    """One GET; raises ConnectionError where the answer is not 200."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(f"GET {route} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        status = (await reader.readline()).split()[1:2]
+    finally:
+        writer.close()
+    if status != [b"200"]:
+        raise ConnectionError(f"expected 200 of {route}, found {status}")
+
+
+async def most_per_s(port: int, route: str, seconds: float = 0.7) -> float:
+    """What a route can do at most: four callers who ask again at once."""
+    end, answered = time.perf_counter() + seconds, 0
+
+    async def caller() -> None:
+        nonlocal answered
+        while time.perf_counter() < end:
+            try:
+                await ask_at(port, route)
+                answered += 1
+            except ConnectionError:
+                await asyncio.sleep(0.002)
+
+    await asyncio.gather(*(caller() for _ in range(4)))
+    return answered / seconds
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What the submission found out about one server."""
+
+    call: Call
+    planted: str
+    most_per_s: float
+
+
+def tested(submission: Submission, **routes: dict[str, Any]) -> Tested:
+    """Lets the submission test a server; the planted fault is the route with a pool."""
+    planted = next(name for name, route in routes.items() if "at_once" in route)
+    with server({f"/{name}": route for name, route in routes.items()}) as port:
+
+        async def ask(route: str) -> None:
+            await ask_at(port, f"/{route}")
+
+        found = submission.call("find_bottleneck", ask, list(routes))
+        most = asyncio.run(most_per_s(port, f"/{planted}"))
+    because = "the result says which route, and how much it sustains"
+    found.must(hasattr(found.value, "sustained_per_s"), "a Bottleneck", because)
+    return Tested(found, planted, most)
+
+
+@pytest.fixture(scope="session")
+def serial(submission: Submission) -> Tested:
+    """A server one of whose routes has a pool of a single connection."""
+    return tested(submission, report=STEADY, search=OTHERS, summary=SERIAL)
+
+
+@points(3, hint="Ask which gets worse, not which is bad.", slow=True, limit_s=TEST_S)
+def check_finds_the_route_that_queues(serial: Tested) -> None:
+    """It finds the route that queues, beside one that is slow at any rate."""
+    because = (
+        "it serves one request at a time and queues at 100 a second, where all others "
+        "answer as fast as at one"
+    )
+    route = serial.call.value.route
+    serial.call.must(route == serial.planted, serial.planted, because, got=route)
+
+
+@points(2, hint="What does an error count as?", slow=True, limit_s=TEST_S)
+def check_finds_the_route_that_refuses(submission: Submission) -> None:
+    """It finds the route that refuses under load, and so looks fast."""
+    found = tested(submission, chat=REFUSES, report=STEADY, search=OTHERS)
+    because = "it refuses most of 100 a second, and a refusal comes fast"
+    route = found.call.value.route
+    found.call.must(route == found.planted, found.planted, because, got=route)
+
+
+@points(1, hint="Raise the rate step by step.", slow=True, limit_s=TEST_S)
+def check_tells_what_the_route_sustains(serial: Tested) -> None:
+    """The rate it tells is one that the route can sustain."""
+    most = serial.most_per_s
+    because = f"callers who asked again at once got {most:.0f} answers a second"
+    told = serial.call.value.sustained_per_s
+    expected = f"{0.3 * most:.0f} to {1.2 * most:.0f} a second"
+    right = 0.3 * most <= told <= 1.2 * most
+    serial.call.must(right, expected, because, got=told)

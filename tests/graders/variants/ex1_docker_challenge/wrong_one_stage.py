@@ -1,0 +1,20 @@
+"""Slim base and flags are enough: compilers and spare files stay in the image.
+
+It also checks its health with a command that always holds.
+"""
+
+FAILS = {
+    "runs_without_build_tools",
+    "beats_the_naive_image",
+    "probe_notices_silence",
+}
+
+
+def dockerfile():
+    heavy = (
+        "RUN gcc --version || true\n"
+        "RUN python -c \"open('/cache', 'wb').write(bytes(80_000_000))\"\n"
+    )
+    text = DOCKERFILE.replace("FROM base AS edge\n", f"FROM base AS edge\n{heavy}")
+    probe = '["python", "-I", "-S", "/app/healthcheck.py"]'
+    return text.replace(probe, '["python", "-c", "pass"]')
