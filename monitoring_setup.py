@@ -26,10 +26,10 @@ import io
 import json
 import logging
 import math
-from collections.abc import Sequence
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
@@ -43,14 +43,21 @@ import models
 from course import lesson
 from course.lesson import Run
 from course.machine import cpu_quota
-from course.measure import Series
-from course.show import Cell, Table
-from local_cloud.monitoring import drift, energy, grafana, light_load, terminal
-from local_cloud.monitoring import deployed, drill, stack
+from course.show import Cell, Table, number
+from local_cloud.monitoring import (
+    deployed,
+    drill,
+    energy,
+    grafana,
+    light_load,
+    logs,
+    stack,
+    terminal,
+    traces,
+)
 from local_cloud.monitoring.drift import WINDOW
-from local_cloud.monitoring.ground import RATE, Ground
 from local_cloud.monitoring.energy import Interval
-from local_cloud.monitoring import logs, traces
+from local_cloud.monitoring.ground import RATE, Ground
 from local_cloud.monitoring.light_load import CODE, ENGLISH, Seen, load
 from local_cloud.monitoring.live import served
 from local_cloud.monitoring.objectives import (
@@ -65,11 +72,11 @@ from local_cloud.monitoring.objectives import (
 )
 from local_cloud.monitoring.panels import Panel, Scraped, Watch, expressions
 from local_cloud.monitoring.rule_tests import RuleTest, burn_tests, cause_tests
-from local_cloud.monitoring.scrape import quantile, share_under
+from local_cloud.monitoring.scrape import quantile
 from local_cloud.monitoring.traces import SQLiteSpans, Tracing
 from model_api import create_app
 from serving import trials
-from serving.metrics import FIRST_TOKEN_S, PER_TOKEN_S, Metrics
+from serving.metrics import FIRST_TOKEN_S, PER_TOKEN_S
 from serving.settings import Settings
 from serving.telemetry import CURRENT
 
@@ -77,24 +84,23 @@ DEPLOY = Path(__file__).resolve().parent / "deploy"
 
 # ## Performance metrics collection
 #
-# Three lists of what to watch are in use, and they are one. Google's golden signals are
+# Three lists of what to watch are in use, and they are one. The golden signals are
 # latency, traffic, errors and saturation; RED (rate, errors, duration) is what callers
 # feel of them, USE (utilisation, saturation, errors) what the machine feels. A server
 # only counts. Rates and percentiles are computed from two scrapes, because the counts
 # of many servers can be added up and their percentiles cannot.
 #
-# A mean hides the worst wait. A percentile from a histogram is a guess along a straight
-# line between two edges; only the share under an edge is exact. So a promise gets an
-# edge of its own, and the alarm looks at that share. What no histogram repairs is who
-# was asked: clients who wait for answers stop asking while the server stands
-# ("coordinated omission"). So here requests come by a schedule.
+# A mean hides the worst wait. A percentile of a histogram is a guess between two edges;
+# only the share under an edge is exact. So a promise gets an edge of its own, and the
+# alarm looks at that share. No histogram knows who did not ask: clients who wait for
+# answers stop asking while a server stands (coordinated omission). Here they do not.
 #
 # Pitfall: the first error raises no alarm; its series began at 1 and never rose. Cure:
-# label children made up front. That needs labels whose values can be listed, as memory
-# does: each is a series for ever, and users' names would be a million of them.
+# label children made up front, of labels whose values can be listed: each is a series
+# for ever, and with users' names there would be a million.
 
 GAP_PROMISE_S = 0.02  # from token to token; between two edges of the API's histogram
-RATE, ANSWER_TOKENS = 6.0, 20  # requests a second: a light load
+LOAD_PER_S, LOAD_S, ANSWER_TOKENS = 10.0, 2.5, 20
 FIRST_S = "gen_ai_server_time_to_first_token_seconds"
 
 
@@ -122,29 +128,27 @@ def signals(seen: Seen) -> list[list[Cell]]:
 
 def show_signals(run: Run, url: str) -> None:
     ask = partial(trials.small_talk, 12, ANSWER_TOKENS)
-    seen = asyncio.run(light_load.load(url, ask, RATE, 2 if run.quick else 3))
+    seen = asyncio.run(light_load.load(url, ask, LOAD_PER_S, LOAD_S))
     columns = ["golden", "RED", "USE", "metric", "now", "unit"]
-    run.table(Table("Two scrapes of /metrics, compared", columns, signals(seen)))
-    gaps, edges = Series(seen.gaps_s), PER_TOKEN_S
-    rows: list[list[Cell]] = [["every wait, by the clients", 1000 * gaps.p99]]
-    rows[0].append(sum(gap <= GAP_PROMISE_S for gap in seen.gaps_s) / gaps.n)
-    for name, own in (("the API's buckets", []), ("one edge more", [GAP_PROMISE_S])):
-        buckets = light_load.as_histogram(seen.gaps_s, [*edges, *own]).buckets("it")
-        share = share_under(GAP_PROMISE_S, buckets)
-        rows.append([name, 1000 * quantile(0.99, buckets), share])
-    columns = ["by", ("p99", "ms"), (f"under {1000 * GAP_PROMISE_S:g} ms", "share")]
-    note = f"n = {gaps.n}, mean {1000 * gaps.mean:.1f} ms"
-    run.table(Table("From token to token: truth and histograms", columns, rows, note))
-    for made, how in ((False, "when it first happens"), (True, "up front")):
-        seen_of_3 = light_load.first_errors(made_up_front=made)
-        run.fact(f"of 3 errors counted by a child made {how}", seen_of_3)
+    note = "What vLLM, TGI and Triton call them: local_cloud/monitoring/names.py"
+    run.table(Table("Between two scrapes of /metrics", columns, signals(seen), note))
+    told = light_load.told_by_histograms(seen.gaps_s, PER_TOKEN_S, GAP_PROMISE_S)
+    run.table(told)
+    (_, true_ms, _), (_, guess_ms, _), *_ = told.rows
+    late, early = (light_load.first_errors(made_up_front=m) for m in (False, True))
+    run.conclude(
+        f"The true p99 is {number(true_ms)} ms, by the API's buckets "
+        f"{number(guess_ms)} ms. Of 3 first errors a series made by them shows {late}, "
+        f"one made up front {early}."
+    )
 
 
-# A model also fails with every signal green: other people come, or other questions, and
-# it answers as fluently as before. Nobody labels traffic, so its distribution is
-# compared with that of better days, by the population stability index of binned counts.
-# Rules of thumb (0.1, 0.25) ignore how noisy a sample of this size is; the limit here
-# is what one window in a hundred exceeds without any drift. So the alert waits for two.
+# A model also fails with every signal green: other questions come, and it answers as
+# fluently as before. Nobody labels traffic, so its distribution is compared with that
+# of better days, by the population stability index of binned counts. Rules of thumb
+# (0.1, 0.25) ignore how noisy a sample is. The limit here is what one window in a
+# hundred exceeds without drift, so the alert waits for two. `DriftCollector` exports
+# both: model_input_drift_psi, model_input_drift_limit.
 
 
 def psi(baseline: Sequence[float], window: Sequence[float]) -> float:
@@ -158,30 +162,27 @@ def psi(baseline: Sequence[float], window: Sequence[float]) -> float:
 
 def show_drift(run: Run, url: str) -> None:
     run.predict("Who writes as before stays under the limit; who pastes code does not.")
-    people = {"baseline": ENGLISH, "as before": ENGLISH, "pasting code": CODE}
+    as_before = {} if run.quick else {"as before": ENGLISH}
+    people = {"baseline": ENGLISH, **as_before, "pasting code": CODE}
     asked = light_load.windows(url, trials.NAME, people, WINDOW)
     rows: list[list[Cell]] = []
-    for feature, of in light_load.FEATURES.items():
-        watch = drift.Watch(feature, asked["baseline"][feature], psi, of=of)
-        for who in list(people)[1:]:
-            for value in asked[who][feature]:
-                watch.observe(value)
-            rows.append([feature, who, watch.value(), watch.limit])
+    found = []
+    for feature, who, watch in light_load.watched(asked, psi):
+        rows.append([feature, who, watch.value(), watch.limit])
+        found += [f"{feature} ({who})"] if watch.value() > watch.limit else []
     columns = ["feature", "users", "PSI", "limit, p99 without drift"]
     run.table(Table(f"Drift, windows of {WINDOW} answers", columns, rows))
-    found = [f"{row[0]} ({row[1]})" for row in rows if row[2] > row[3]]
     run.conclude(f"Over the limit: {', '.join(found) or 'nothing'}.")
 
 
-# Energy is an interval where nothing measures it, as in any virtual machine. Between two
-# ways of doing the same work on one machine the unknown watts cancel, so that a ratio is
-# known well. The Software Carbon Intensity (ISO/IEC 21031) of R = 1,000 tokens is O + M:
-# what operation emits, energy times the grid's intensity (O = E * I), and a share of M,
-# what making the machine did.
+# Energy is an interval where nothing measures it, as in a virtual machine. Between two
+# ways of doing the same work on one machine the unknown watts cancel, so that a ratio
+# is known well. The Software Carbon Intensity (ISO/IEC 21031) of 1,000 tokens is O + M:
+# energy times the grid's intensity (O = E * I), and its part in making the machine (M).
 
 GRAMS_A_KWH = 473.0  # world's mean in 2024: Ember, Global Electricity Review 2025
-EMBODIED_KG = Interval(1000, 4000)  # a server's; an assumption, its maker knows better
-SERVER_THREADS, LIFE_S = 128, 4 * 365 * 86400  # an assumption too
+EMBODIED_KG = Interval(1000, 4000)  # these two are assumptions: ask the maker
+SERVER_THREADS, LIFE_S = 128, 4 * 365 * 86400
 
 
 def sci(energy: Interval, thread_s: float, intensity: float = GRAMS_A_KWH) -> Interval:
@@ -203,7 +204,7 @@ def show_energy(run: Run, url: str) -> None:
     columns = ["answers", ("energy", "J/token"), ("SCI", "g/1,000 tokens"), "n"]
     run.table(Table(f"Energy by {meter.method}", columns, rows))
     ratio = light_load.ratio(alone, together)
-    run.conclude(f"Alone a token takes {ratio} times the energy of one among eight.")
+    run.conclude(f"A token alone takes, of the energy of one among eight: {ratio}.")
 
 
 def demo_metrics(run: Run) -> None:
@@ -317,10 +318,11 @@ def demo_tracing(run: Run) -> None:
         rows = [["answered", 190, kept.count(None)], ["refused", 10, kept.count("429")]]
         run.table(Table("What sampling keeps", ["requests", "sent", "traces"], rows))
         run.say(f"A secret in a log line: {written.getvalue().splitlines()[-1]}")
-        added_s, answer_s = trials.watching_s(model, tracing, 200 if run.quick else 1000)
+        count = 200 if run.quick else 1000
+        added_s, answer_s = trials.watching_s(model, tracing, count)
     run.conclude(
-        f"Metrics, log line and one trace of ten add {added_s * 1e6:.0f} µs of CPU to a "
-        f"request, {added_s / answer_s:.3%} of what its answer takes."
+        f"Metrics, log line and one trace of ten add {added_s * 1e6:.0f} µs of CPU to "
+        f"a request, {added_s / answer_s:.3%} of what its answer takes."
     )
 
 
@@ -638,7 +640,7 @@ def panels(scale: float = 1.0) -> list[Panel]:
     return [
         Panel("Burn rate", "x", "Will the budget last? 1 is just enough", fast),
         Panel("Budget left", "%", "May a release be risked?", left, "gauge"),
-        Panel("Requests", "1/s", "How many, and how do they end?", ends),
+        Panel("Requests", "req/s", "How many, and how do they end?", ends),
         Panel("Errors", "%", "What share fails?", errors),
         Panel("First token", "s", "When does it show?", quantiles(FIRST_TOKEN)),
         Panel("Time per token", "s", "Does it keep pace?", quantiles(PER_TOKEN)),

@@ -11,7 +11,7 @@ what theory says of them; queues that keep what they accepted; caches that are r
 
 Run it:     python scaling_strategies.py              all four sections, a minute
             python scaling_strategies.py 2 --quick    one section, rough figures, soon
-            python scaling_strategies.py --manifests  write deploy/kubernetes again
+            python scaling_strategies.py --manifests  write deploy/ again
 Import it:  from scaling_strategies import HPA, KPA, QueueLength, PICKERS
 Needs:      pip install -r requirements.txt
 Next:       replay your own traffic: simulate(arrivals, services, fleet, picker)
@@ -22,13 +22,9 @@ from __future__ import annotations
 import argparse
 import math
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,16 +32,14 @@ import numpy as np
 from course import lesson
 from course.lesson import Run
 from course.show import Table
-from local_cloud.scaling import kubernetes, releases, reuse, theory, traffic, trials
-from local_cloud.scaling.haproxy import INSTALL, NoHAProxy
-from local_cloud.scaling.jobs import SQLiteJobs
-from local_cloud.scaling.kubernetes import Workload
+from local_cloud.scaling import deployment, releases, reuse, theory, traffic, trials
 from local_cloud.scaling.planning import cheapest, cost_per_1000
 from local_cloud.scaling.policies import (
     ROUNDING,
     Autoscaler,
     Limit,
     Load,
+    Pace,
     Picker,
     Rules,
     check_bounds,
@@ -55,10 +49,8 @@ from local_cloud.scaling.simulator import Fleet, Overflow, Trace, simulate
 from local_cloud.scaling.standin import NOTICE
 
 if TYPE_CHECKING:
+    from local_cloud.scaling.kubernetes import Manifest
     from models import Model
-
-ROOT = Path(__file__).resolve().parent
-MANIFESTS = ROOT / "deploy" / "kubernetes"
 
 # ## Auto-scaling configurations
 #
@@ -79,8 +71,8 @@ DEFAULT_DOWN = Rules(300, (Limit("Percent", 100),))
 class HPA:
     """Kubernetes' HorizontalPodAutoscaler: replicas follow a metric's mean.
 
-    `ceil(ready * metric / target)`, unless the ratio is within `tolerance` of 1; then
-    what the past recommended holds it back (`window_s`), then `limits`.
+    `ceil(ready * metric / target)`, unless the ratio is within `tolerance` of 1. Then
+    its `Pace` holds it back: what it recommended and changed shortly before.
 
     Source: kubernetes/kubernetes, pkg/controller/podautoscaler.
     """
@@ -92,10 +84,9 @@ class HPA:
     tolerance: float = 0.1
     up: Rules = DEFAULT_UP
     down: Rules = DEFAULT_DOWN
-    _recommended: list[tuple[float, int]] = field(default_factory=list, init=False)
-    _changed: list[tuple[float, int]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        self.reset()
         check_bounds("HPA", self.target, self.minimum, self.maximum)
         if self.minimum < 1:
             raise ValueError(
@@ -129,45 +120,15 @@ class HPA:
             return max(wanted, load.replicas) if total > counted else load.replicas
         return min(wanted, load.replicas) if total < counted else load.replicas
 
-    def stabilised(self, now: float, current: int, wanted: int) -> int:
-        """The least move that all recommendations of the window agree with."""
-        longest = max(self.up.window_s, self.down.window_s)
-        self._recommended = within(self._recommended, now - longest)
-        self._recommended.append((now, wanted))
-        up = within(self._recommended, now - self.up.window_s)
-        down = within(self._recommended, now - self.down.window_s)
-        least = min([wanted, *(n for _, n in up)])
-        most = max([wanted, *(n for _, n in down)])
-        return min(max(current, least), most)
-
-    def limited(self, now: float, current: int, wanted: int) -> int:
-        """No further from what there was a period ago than a limit allows."""
-        most = max(
-            limit.ceiling(current, self._since(now, limit)) for limit in self.up.limits
-        )
-        least = min(
-            limit.floor(current, self._since(now, limit)) for limit in self.down.limits
-        )
-        low, high = min(current, max(least, self.minimum)), max(current, most)
-        return max(self.minimum, min(max(wanted, low), high, self.maximum))
-
-    def _since(self, now: float, limit: Limit) -> int:
-        return sum(change for _, change in within(self._changed, now - limit.period_s))
-
     def desired(self, load: Load) -> int:
-        now, current = load.time_s, load.replicas
+        current = load.replicas
         if not self.minimum <= current <= self.maximum:  # at once, whatever is read
             return max(self.minimum, min(current, self.maximum))
-        wanted = self.stabilised(now, current, self.recommend(load))
-        wanted = self.limited(now, current, wanted)
-        if wanted != current:
-            longest = max(x.period_s for x in (*self.up.limits, *self.down.limits))
-            self._changed = within(self._changed, now - longest)
-            self._changed.append((now, wanted - current))
-        return wanted
+        wanted, bounds = self.recommend(load), (self.minimum, self.maximum)
+        return self._pace.step(load.time_s, current, wanted, *bounds)
 
     def reset(self) -> None:
-        self._recommended, self._changed = [], []
+        self._pace = Pace(self.up, self.down)
 
 
 # KPA reads requests in flight, twice: over a minute, and over the last six seconds. If
@@ -455,7 +416,11 @@ PICKERS: dict[str, Callable[[], Picker | None]] = {
 # stops asking when it stalls, and never sees the stall: measure with arrivals that do
 # not wait. And a balancer is where a new version meets its first users: who looks at a
 # canary every minute, and stops when it looks bad, stops many a good one. The split by
-# user and a verdict that may be asked as often as one likes are in `releases`.
+# user, a verdict that may be asked as often as one likes, and `majority`, which asks
+# several versions as one, are in `releases`.
+#
+# Past one machine the balancer must also know machines. Ray Serve does: the same model
+# on two nodes, one of them killed under load, is `python -m tests.benchmarks.ray`.
 
 REPLICAS, RHO, MEAN_S = 1000, 0.9, 0.05  # of the comparison with theory
 DISTANCE_S = 0.05  # there and back between two regions
@@ -496,28 +461,16 @@ def demo_balancing(run: Run) -> None:
     naive, proper = releases.false_alarms(300, 50, 200, 0.02, SEED)
     name = "equal canaries called worse, by who looks 50 times"
     run.fact(name, f"{naive:.0%} with a test at 5 %, {proper:.1%} with `judge`")
+    three = releases.majority_right(0.8, 3, 10_000, SEED)
+    name = "right: a model, and the majority of three that err independently"
+    run.fact(name, f"80 %, {three:.0%}")
     if not run.quick:
-        fail_over(run)
+        trials.fail_over(run, DISTANCE_S)
     saved = means["random"] - means["power of two"]
     more = means["power of two"] - means["least connections"]
     run.conclude(
         f"Looking at two replicas instead of one saves {saved:.0f} ms; looking at all "
         f"{REPLICAS} saves {more:.0f} more."
-    )
-
-
-def fail_over(run: Run) -> None:
-    """Two regions behind one address; the near one is killed under load."""
-    try:
-        found = trials.failover(DISTANCE_S, seconds=1.2)
-    except NoHAProxy as missing:
-        run.skip(f"regions: {missing}", INSTALL)
-        return
-    before, after = found.median_ms(after=False), found.median_ms(after=True)
-    name = f"near region killed, the next is {1000 * DISTANCE_S:g} ms away (emulated)"
-    count = len(found.outcomes)
-    run.fact(
-        name, f"{found.failed} of {count} failed; {before:.0f}, then {after:.0f} ms"
     )
 
 
@@ -541,7 +494,6 @@ PROMPTS = ("Name a colour.", "Name a fruit.", "Name a river.", "Name a planet.")
 def demo_queues(run: Run) -> None:
     """A peak straight at a server and through two queues; jobs for the real model."""
     from local_cloud.scaling import peak as peaks
-    from local_cloud.scaling import redis_jobs
     from models import Sampling
 
     peak = peaks.Peak(seconds=0.3) if run.quick else peaks.Peak()
@@ -550,24 +502,9 @@ def demo_queues(run: Run) -> None:
         f"{peak.rate_per_s:g} requests a second meet a server for {can:g}: most are "
         f"refused, or all done after {peak.rate_per_s * peak.seconds / can:.1f} s."
     )
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        url = stack.enter_context(peaks.server(peak))
-        places = {"SQLite": str(folder / "jobs")}
-        if shutil.which("redis-server"):
-            places["Redis"] = stack.enter_context(redis_jobs.redis_server(folder))
-        else:
-            run.skip("Redis: no redis-server in PATH", redis_jobs.INSTALL)
-        with run.progress("peak", 1 + len(places)) as advance:
-            sent = peaks.direct(url, LeastConnections(), peak)
-            advance()
-            found = {}
-            for name, place in places.items():
-                found[name] = peaks.queued(place, url, peak)
-                advance()
-        jobs = stack.enter_context(SQLiteJobs(folder / "few"))
-        model, few = shared_model(run), Sampling(max_tokens=12)
-        told = reuse.answered(jobs, lambda it: model.generate(it, few).text, PROMPTS)
+    sent, found = peaks.compare(run, LeastConnections(), peak)
+    model, few = shared_model(run), Sampling(max_tokens=12)
+    told = reuse.done_by(lambda it: model.generate(it, few).text, PROMPTS)
     served = sum(outcome.ok for outcome in sent)
     run.table(peaks.table(len(sent), served, found, peak))
     done = sum(one.state == "done" for one in told)
@@ -639,35 +576,18 @@ def demo_caching(run: Run) -> None:
 
 
 # What is deployed follows from the policies above, not from a second set of numbers.
-# These manifests were validated, not applied: no cluster is part of the course.
+# These files were validated, not applied: no cluster is part of the course.
 
-API = Workload(
-    name="model-api",
-    image="model-api",
-    port=8000,
-    cpus=2,
-    memory_mib=2304,  # as docker_deployment.py measures and docker-compose.yml says
-    environment={"ROWS": "16", "CONTEXT": "1024"},
-    drain_s=5,
-    timeout_s=120,
-)
-# Answers under way and waiting: prometheus-adapter makes it of two of the server's own
-# metrics, engine_active_rows + engine_queued_requests. The first alone ends at 16.
+# Answers under way and waiting; `adapter.yaml` makes it of two of the server's own
+# metrics, as the first alone would end at the 16 rows of a replica.
 API_HPA = HPA(12, minimum=2, maximum=8, metric="requests_in_flight")
 API_QUEUE = QueueLength(per_replica=16, maximum=8)  # as many jobs as a replica has rows
-API_STREAM = "{jobs}:priority:0"  # as redis_jobs names it
 CANARY_PERCENT = 10
 
 
-def manifests() -> dict[str, list[kubernetes.Manifest]]:
+def manifests() -> dict[str, list[Manifest]]:
     """All files of deploy/kubernetes: name to documents."""
-    return {
-        "api.yaml": kubernetes.service(API, API_HPA),
-        "canary.yaml": kubernetes.canary(
-            API, replace(API, track="canary"), CANARY_PERCENT
-        ),
-        "keda.yaml": [kubernetes.scaled_object(API, API_QUEUE, stream=API_STREAM)],
-    }
+    return deployment.manifests(API_HPA, API_QUEUE, CANARY_PERCENT)
 
 
 SECTIONS = [
@@ -679,7 +599,7 @@ SECTIONS = [
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the lesson, or write the manifests."""
+    """Run the lesson, or write what is deployed."""
     return lesson.run(
         doc=__doc__,
         sections=SECTIONS,
@@ -692,15 +612,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--manifests", action="store_true", help="write deploy/kubernetes again"
-    )
+    parser.add_argument("--manifests", action="store_true", help="write deploy/ again")
 
 
 def write_manifests() -> int:
-    """Write all manifests; gives the exit code."""
-    for path in kubernetes.write(MANIFESTS, manifests()):
-        print(path.relative_to(ROOT))
+    """Write all manifests, and the balancer's configuration; gives the exit code."""
+    for path in deployment.write(manifests(), API_HPA.maximum):
+        print(path.relative_to(deployment.DEPLOY.parent))
     return 0
 
 

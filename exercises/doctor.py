@@ -19,6 +19,9 @@ from exercises.catalogue import ROOT
 
 PYTHONS = ((3, 11), (3, 13))  # the first and the last that the course is tested with
 RAM_GIB = 4.0  # the model under load takes 1, builds and the rest the same again
+PIN = re.compile(
+    r"(?P<name>[\w.-]+)(\[[^]]*\])?==(?P<version>[^;\s]+)\s*(;(?P<marker>.*))?"
+)
 PORTS = {8000: "python model_api.py --serve"}
 
 
@@ -68,9 +71,8 @@ def _wanted(file: str) -> dict[str, str]:
     for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
         if line.startswith("-r "):
             wanted |= _wanted(line.removeprefix("-r ").strip())
-        elif pin := re.match(r"([\w.-]+)(?:\[[^]]*\])?==([^;\s]+)\s*(?:;(.*))?", line):
-            if _applies(pin[3] or ""):
-                wanted[pin[1]] = pin[2]
+        elif (pin := PIN.match(line)) and _applies(pin["marker"] or ""):
+            wanted[pin["name"]] = pin["version"]
     return wanted
 
 

@@ -53,8 +53,7 @@ def dockerfile() -> str:
     - every base has a tag, no secret is in ENV or ARG, and any builder builds it.
 
     Checked with an engine:
-    - without the model's files it has at most 75 % of the size of the image of
-      deploy/naive.Dockerfile;
+    - it has at most 75 % of the size of the image of deploy/naive.Dockerfile;
     - with `limits` it becomes healthy and answers a chat, on a read-only root;
     - its HEALTHCHECK fails where nothing serves.
     """

@@ -15,7 +15,7 @@ from typing import Any
 from exercises import results
 from exercises.results import Check, Graded
 
-MARKS = {True: "✓", False: "✗", None: "–"}
+MARKS = {True: "✓", False: "✗", None: "·"}
 
 
 def gradescope(graded: Sequence[Graded]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Grades one file, in a process of its own that may do what it likes, but not for long.
+"""Grades one file, in a process of its own that may do much, but not for long.
 
-The process runs pytest with the exercise's grader and the plugin tests/graders/plugin.py.
-It first writes which checks there are, then loads the submission, then writes what each
+The process runs pytest with an exercise's grader and the plugin of tests/graders. It
+first writes which checks there are, then loads the submission, then writes what each
 check found. So a submission that ends the process, hangs or breaks it cannot make a
 check disappear: what was announced and not reported has failed.
 
@@ -12,6 +12,7 @@ Grade strangers' files in a container or on a machine that is thrown away.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -78,8 +79,8 @@ def grade(
 def _command(exercise: Exercise, file: Path, report: Path, quick: bool) -> list[str]:
     """Pytest for this grader alone: no settings, no fixtures and no cache of others."""
     argv = [sys.executable, "-m", "pytest", "-p", PLUGIN, "-p", "no:cacheprovider"]
-    argv += ["-c", "/dev/null", "--rootdir", str(ROOT), "--noconftest", "--quiet"]
-    argv += ["--import-mode=importlib", "--assert=plain", "--tb=short"]
+    argv += ["-c", os.devnull, "--rootdir", str(ROOT), "--noconftest", "--quiet"]
+    argv += ["--import-mode=importlib", "--assert=plain", "--tb=native"]
     argv += ["-o", "python_functions=check_*", "-o", f"pythonpath={ROOT}"]
     argv += ["--submission", str(file), "--report", str(report)]
     return [*argv, *(["--quick-only"] if quick else []), str(exercise.grader)]

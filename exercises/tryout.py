@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ def tryout(file: str, **calls: Callable[[], Any]) -> int:
 
     Args:
         file: the exercise's `__file__`.
-        calls: by name what to call; a value that is a `Table` is printed as one.
+        calls: by name what to call; a coroutine is run, a `Table` printed as one.
 
     Returns:
         0 if all calls came back, else 1: an exit status.
@@ -34,6 +36,8 @@ def tryout(file: str, **calls: Callable[[], Any]) -> int:
 def _one(name: str, call: Callable[[], Any]) -> bool:
     try:
         value = call()
+        if inspect.iscoroutine(value):
+            value = asyncio.run(value)
     except NotImplementedError:
         show.labelled(name, "not started", "dim")
         return False
@@ -43,5 +47,5 @@ def _one(name: str, call: Callable[[], Any]) -> bool:
     if isinstance(value, show.Table):
         show.table(value)
     else:
-        show.labelled(name, str(value), "bold green")
+        show.labelled(f"{name} ", str(value), "bold green")
     return True

@@ -51,9 +51,9 @@ class Edge:
             return
         started = time.perf_counter()
         exchange = Exchange(scope, receive, send, self)
-        trace = self.telemetry and self.telemetry.begin(
-            exchange.id.decode(), scope["headers"]
-        )
+        trace = None
+        if self.telemetry:
+            trace = self.telemetry.begin(exchange.id.decode(), scope["headers"])
         token = CURRENT.set(trace)
         try:
             await exchange.run()

@@ -6,12 +6,14 @@ underscores, the unit is appended), so that a dashboard for one server fits anot
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     ProcessCollector,
     generate_latest,
@@ -44,6 +46,8 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         registry.register(EngineCollector(snapshot))  # type: ignore[arg-type]
+        clock = Gauge("host_clock_seconds", "The wall clock.", registry=registry)
+        clock.set_function(time.time)  # Prometheus compares it with its own
         self.http = Histogram(
             "http_server_request_duration_seconds",
             "Time from the first byte of a request to the last of its answer.",

@@ -127,11 +127,11 @@ def test_carbon_is_energy_times_intensity_plus_what_making_it_emitted():
     assert sci(kwh, thread_s=3600, intensity=400).low == pytest.approx(400 + held.low)
 
 
-def test_a_batch_of_the_real_model_needs_less_a_token(server: SimpleNamespace):
-    meter = energy.CpuSeconds(light_load.cpu_seconds(server.url))
-
+def test_a_batch_of_the_real_model_needs_less_a_token():
     def ask() -> light_load.Body:
         return trials.small_talk(3, 16)
 
-    alone, together = light_load.in_turns(server.url, ask, meter, 8, 2)
+    with trials.running_server("cpu", TTFT_TARGET_MS="60000") as url:
+        meter = energy.CpuSeconds(light_load.cpu_seconds(url))
+        alone, together = light_load.in_turns(url, ask, meter, 8, 2)
     assert light_load.ratio(alone, together).value > 1.2

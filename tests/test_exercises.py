@@ -411,7 +411,8 @@ def test_exporters_read_the_file_that_grading_wrote(tmp_path: Path):
 def test_a_starter_has_a_raise_where_the_solution_was():
     solution = (
         "# BEGIN SOLUTION\nimport math\n\n# END SOLUTION\n"
-        "def f():\n    # TODO(1a): x.\n    # BEGIN SOLUTION\n    return math.pi\n    # END SOLUTION\n"
+        "def f():\n    # TODO(1a): x.\n"
+        "    # BEGIN SOLUTION\n    return math.pi\n    # END SOLUTION\n"
     )
     expected = "def f():\n    # TODO(1a): x.\n    raise NotImplementedError\n"
     assert starter.derive(solution) == expected

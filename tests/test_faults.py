@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import httpx
@@ -17,6 +18,7 @@ import pytest
 from course.process import wait_until
 from local_cloud.monitoring.faults import MOST_BYTES, Edge, Faults, Share
 from local_cloud.monitoring.scrape import scrape
+from tests.benchmarks.servers import ours
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 REQUESTS = "http_server_request_duration_seconds_count"
@@ -231,18 +233,14 @@ def test_many_at_once_and_no_thread_left(edge: Edge):
 
 def test_a_stopped_server_is_seen_from_the_edge_alone(http):
     """SIGSTOP: connections are taken, nothing is answered; then all goes on."""
-    from tests.benchmarks.servers import ours
-
-    with ours(ROWS="2", CONTEXT="128") as api:
-        with Edge(f"http://127.0.0.1:{api.port}", timeout_s=0.5) as edge:
-            try:
-                os.kill(api.pid, signal.SIGSTOP)
-                told = http.post(edge.url + COMPLETIONS, json=SHORT)
-            finally:
-                os.kill(api.pid, signal.SIGCONT)
-            assert told.status_code == 504
-            wait_until(
-                lambda: http.post(edge.url + COMPLETIONS, json=SHORT).is_success,
-                20,
-                "it to answer again",
-            )
+    with (
+        ours(ROWS="2", CONTEXT="128") as api,
+        Edge(f"http://127.0.0.1:{api.port}", timeout_s=0.5) as edge,
+    ):
+        ask = partial(http.post, edge.url + COMPLETIONS, json=SHORT)
+        try:
+            os.kill(api.pid, signal.SIGSTOP)
+            assert ask().status_code == 504
+        finally:
+            os.kill(api.pid, signal.SIGCONT)
+        wait_until(lambda: ask().is_success, 20, "it to answer again")

@@ -8,7 +8,6 @@ import pkgutil
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
@@ -26,11 +25,12 @@ TOKENS = 6
 
 
 @pytest.fixture(scope="module")
-def seen(server: SimpleNamespace) -> light_load.Seen:
+def seen() -> light_load.Seen:
     def ask() -> light_load.Body:
         return trials.small_talk(6, TOKENS)
 
-    return api.run(lambda: light_load.load(server.url, ask, 6, 2))
+    with trials.running_server("cpu", TTFT_TARGET_MS="60000") as url:
+        return api.run(lambda: light_load.load(url, ask, 6, 2))
 
 
 def test_the_signals_agree_with_what_the_clients_saw(seen: light_load.Seen):

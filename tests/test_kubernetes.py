@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,25 +12,21 @@ from typing import Any
 
 import pytest
 import yaml
+from fastapi.testclient import TestClient
 
 import model_api
-from local_cloud.scaling import kubernetes, manifest_checks
-from local_cloud.scaling.manifest_checks import check, field_problems
-from scaling_strategies import (
-    API,
-    API_HPA,
-    API_QUEUE,
-    HPA,
-    MANIFESTS,
-    QueueLength,
-    manifests,
-)
+import models
+from local_cloud.scaling import deployment, haproxy, kubernetes, manifest_checks
+from local_cloud.scaling.deployment import API, DEPLOY
+from local_cloud.scaling.manifest_checks import adapter_file, check, field_problems
+from scaling_strategies import API_HPA, API_QUEUE, HPA, QueueLength, manifests
 from serving import settings
 
 FILES = manifests()
+MANIFESTS = DEPLOY / "kubernetes"
 DOCUMENTS = [document for documents in FILES.values() for document in documents]
 # What is applied together: KEDA takes the HPA's place.
-WITH_HPA = [*FILES["api.yaml"], *FILES["canary.yaml"]]
+WITH_HPA = [*FILES["api.yaml"], *FILES["adapter.yaml"], *FILES["canary.yaml"]]
 WITH_KEDA = [
     *(d for d in FILES["api.yaml"] if d["kind"] != "HorizontalPodAutoscaler"),
     *FILES["keda.yaml"],
@@ -92,8 +89,20 @@ def test_every_mutated_key_is_caught(document):
         place[f"{path[-1]}x"] = place.pop(path[-1])
         if not field_problems(changed):
             missed.append(path)
-    assert len(paths) > 10
+    assert len(paths) > 5
     assert missed == []
+
+
+def test_every_mutated_key_of_the_adapters_file_is_caught():
+    (document,) = FILES["adapter.yaml"]
+    paths = list(key_paths(adapter_file(document)))
+    assert len(paths) > 10
+    for path in paths:
+        changed, file = copy.deepcopy(document), adapter_file(document)
+        place = at(file, path[:-1])
+        place[f"{path[-1]}x"] = place.pop(path[-1])
+        changed["data"]["config.yaml"] = yaml.safe_dump(file)
+        assert field_problems(changed), path
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)
@@ -172,6 +181,12 @@ SLIPS = {
         ("spec", "rules", 0, "backendRefs", 1, "weight"),
         "10",
         "expected int",
+    ),
+    "a metric that nobody makes": (
+        "HorizontalPodAutoscaler",
+        ("spec", "metrics", 0, "pods", "metric", "name"),
+        "requests_in_fligth",
+        "which no rule of the adapter makes",
     ),
     "a number as text": (
         "Deployment",
@@ -266,6 +281,34 @@ def test_the_autoscaler_is_the_policy():
     ]
 
 
+def test_the_adapter_asks_for_what_the_server_tells(model: models.Model):
+    (document,) = FILES["adapter.yaml"]
+    (rule,) = adapter_file(document)["rules"]
+    assert rule["name"]["as"] == API_HPA.metric
+    asked = set(re.findall(r"(\w+)\{", rule["seriesQuery"] + rule["metricsQuery"]))
+    app, here = model_api.create_app(model=model), ("127.0.0.1", 50_000)
+    with TestClient(app, client=here) as client:
+        told = set(re.findall(r"^(\w+)", client.get("/metrics").text, re.MULTILINE))
+    assert asked == {"engine_active_rows", "engine_queued_requests"} <= told
+
+
+@pytest.mark.prometheus
+@pytest.mark.skipif(
+    shutil.which("promtool") is None,
+    reason="needs promtool: apt-get install -y prometheus",
+)
+def test_prometheus_understands_the_adapters_question(tmp_path):
+    (document,) = FILES["adapter.yaml"]
+    (rule,) = adapter_file(document)["rules"]
+    query = rule["metricsQuery"].replace("<<.LabelMatchers>>", 'pod=~"a|b"')
+    record = {"record": "x", "expr": query.replace("<<.GroupBy>>", "pod")}
+    rules = tmp_path / "rules.yml"
+    rules.write_text(yaml.safe_dump({"groups": [{"name": "g", "rules": [record]}]}))
+    argv = ["promtool", "check", "rules", rules]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_resource_becomes_a_share_of_the_request():
     document = kubernetes.horizontal(API, HPA(0.7))
     (metric,) = document["spec"]["metrics"]
@@ -286,6 +329,29 @@ def test_the_scaled_object_is_the_policy():
 def test_a_share_that_is_none_is_refused(percent):
     with pytest.raises(ValueError, match="0 to 100 percent"):
         kubernetes.canary(API, API, percent)
+
+
+# The balancer's own file.
+
+
+def test_haproxy_takes_the_file_that_is_deployed(tmp_path):
+    path = DEPLOY / "haproxy" / "haproxy.cfg"
+    text = path.read_text()
+    assert text == deployment.balancer(API_HPA.maximum)
+    assert f"replica {API_HPA.maximum} {API.name}:{API.port} check" in text
+    assert f"maxconn {API.environment['ROWS']} " in text
+    try:
+        binary = haproxy.find()
+    except haproxy.NoHAProxy as missing:
+        pytest.skip(str(missing))
+    argv = [binary, "-c", "-f", path]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "[WARNING]" not in done.stderr
+    wrong = tmp_path / "wrong.cfg"
+    wrong.write_text(text.replace("option redispatch", "option redispath"))
+    argv[-1] = wrong
+    assert subprocess.run(argv, capture_output=True, timeout=30, check=False).returncode
 
 
 def test_writing_twice_is_the_same(tmp_path):

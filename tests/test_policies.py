@@ -53,8 +53,11 @@ def test_hpa_moves_as_fast_as_kubernetes(case):
     limits += [Limit("Percent", percent, percent_s)] if percent_s else []
     rules: dict[str, Any] = {way: Rules(0, tuple(limits))}
     policy = HPA(1.0, minimum, maximum, **rules)
-    policy._changed = [(970.0, change) for change in changes]
-    assert policy.limited(1000.0, current, wanted) == expected
+    policy._pace.changed = [(970.0, change) for change in changes]
+    assert (
+        policy._pace.limited(1000.0, current, wanted, policy.minimum, policy.maximum)
+        == expected
+    )
 
 
 @named(vectors.WINDOWS)
@@ -62,8 +65,8 @@ def test_hpa_looks_back_as_kubernetes_does(case):
     _, up_s, down_s, past, current, wanted, expected = case
     up, down = Rules(up_s, DEFAULT_UP.limits), Rules(down_s, DEFAULT_DOWN.limits)
     policy = HPA(1.0, maximum=1000, up=up, down=down)
-    policy._recommended = [(10_000.0 - age, n) for age, n in past]
-    assert policy.stabilised(10_000.0, current, wanted) == expected
+    policy._pace.recommended = [(10_000.0 - age, n) for age, n in past]
+    assert policy._pace.stabilised(10_000.0, current, wanted) == expected
 
 
 @named(vectors.BOUNDS)

@@ -1,4 +1,4 @@
-"""Ray Serve, where it is installed: a node dies under load, and every request counts."""
+"""Ray Serve, where it is installed: a node dies, and every request is answered."""
 
 from __future__ import annotations
 

@@ -126,6 +126,13 @@ def test_who_looks_again_and_again_is_wrong_more_often_than_the_judge():
     assert releases.false_alarms(10, 5, 10, 0.0, seed=1) == (0.0, 0.0)
 
 
+def test_a_majority_is_right_as_often_as_the_binomial_says():
+    assert releases.majority_right(0.8, 3, 20_000, seed=1) == pytest.approx(
+        0.8**3 + 3 * 0.8**2 * 0.2, abs=0.01
+    )
+    assert releases.majority_right(1.0, 3, 10, seed=1) == 1.0
+
+
 # A peak.
 
 
@@ -232,7 +239,7 @@ def test_without_redis_the_lesson_says_so_and_goes_on(
     capsys: pytest.CaptureFixture[str],
     model: models.Model,
 ):
-    monkeypatch.setattr(lesson_file.shutil, "which", lambda name: None)
+    monkeypatch.setattr(peaks.shutil, "which", lambda name: None)
     run = Run(quick=True)
     run._kept["model"] = model
     lesson_file.demo_queues(run)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """What a load test found: the route that breaks first, and the rate it still bore."""
+    """What a load test found: the route that breaks first, and a rate it still bore."""
 
     route: str
     sustained_per_s: float
@@ -60,7 +61,7 @@ def schedule(rate_per_s: float, duration_s: float, seed: int) -> list[float]:
 async def fire(
     send: Callable[[int], Awaitable[object]], due: Sequence[float]
 ) -> list[Sample]:
-    """Awaits `send(i)` for each request, begun when it is due; one sample each, in order.
+    """Awaits `send(i)` for each request, begun when due; one sample each, in order.
 
     `send` raises where a request fails.
 
@@ -106,6 +107,16 @@ async def find_bottleneck(
     raise NotImplementedError
 
 
+async def try_on_a_server() -> Bottleneck:
+    """Lets find_bottleneck test a server whose /chat serves one request at a time."""
+    from exercises.unknown_server import ask_at, started
+
+    routes = {"/report": {"wait_s": 0.06}, "/chat": {"at_once": 1}, "/search": {}}
+    with started(routes) as port:
+        ask = partial(ask_at, port)
+        return await find_bottleneck(ask, list(routes))
+
+
 if __name__ == "__main__":
     from exercises.tryout import tryout
 
@@ -114,5 +125,6 @@ if __name__ == "__main__":
             __file__,
             schedule=lambda: [round(at, 2) for at in schedule(10, 1.0, seed=1)],
             percentile=lambda: percentile([[0.1] * 99, [2.0]], 99.5),
+            find_bottleneck=try_on_a_server,
         )
     )

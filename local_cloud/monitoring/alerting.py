@@ -25,7 +25,7 @@ class Alert:
     name: str
     labels: dict[str, str]
     active_at: float
-    seen_at: float = 0.0  # when its condition held last
+    missing_at: float | None = None  # since when its condition does not hold
     value: float = 0.0
     annotations: dict[str, str] = field(default_factory=dict)
     state: str = "pending"  # then firing, then inactive
@@ -59,10 +59,13 @@ class AlertRule:
             }
         for key, alert in [*self.active.items()]:
             if key in present:
-                alert.seen_at = at
-            if alert.state == "pending" and key not in present:
+                alert.missing_at = None
+            elif alert.missing_at is None:
+                alert.missing_at = at
+            missing = alert.missing_at
+            if alert.state == "pending" and missing is not None:
                 del self.active[key]  # it was nothing, and nobody is told
-            elif key not in present and at - alert.seen_at >= self.keep_s:
+            elif missing is not None and at - missing >= self.keep_s:
                 del self.active[key]
                 alert.state, alert.resolved_at = "inactive", at
             elif alert.state == "pending" and at - alert.active_at >= self.hold_s:

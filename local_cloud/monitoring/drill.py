@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from course.draw import COLOURS, INK, lines
+from course.process import wait_until
 from course.show import Cell, Table
 from local_cloud.monitoring.ground import Ground
 from local_cloud.monitoring.receivers import Notification
@@ -46,6 +47,11 @@ class Fault:
     lasts_s: float | None = None
     barred: bool = False  # whether the bars are for it
     struck: Callable[[], int] | None = None  # requests, until now
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells its alert from others."""
+        return self.alert, self.job, self.severity
 
 
 @dataclass(frozen=True)
@@ -107,10 +113,10 @@ class _Trial:
             self.resolved_s = now - self.ended_s
 
     def outcome(self, heard: Sequence[Notification]) -> Outcome:
-        wanted = (self.fault.alert, self.fault.job, self.fault.severity)
         told: dict[str, float] = {}
         for one in heard:
-            if (one.alert, one.job, one.severity) == wanted and one.status == "firing":
+            ours = (one.alert, one.job, one.severity) == self.fault.key
+            if ours and one.status == "firing" and one.at >= self.began_at:
                 told.setdefault(one.by, one.at - self.began_at)
         return Outcome(
             self.fault,
@@ -118,7 +124,7 @@ class _Trial:
             self.ended_s or 0.0,
             self.predicted_s,
             self.measured_s,
-            {by: after for by, after in told.items() if after > 0},
+            told,
             self.resolved_s,
             self.fault.struck() - self.struck if self.fault.struck else None,
         )
@@ -169,8 +175,17 @@ def run(ground: Ground, faults: Sequence[Fault], history_s: float) -> list[Outco
         faults: at most one for each job and alert.
         history_s: for how long good traffic has been watched.
 
-    Raises StackError if who watches is gone; the faults are ended first.
+    Raises StackError if who watches is gone, TimeoutError if an alert that is waited
+    for fires already and does not end; all faults are ended first.
     """
+    wanted = {fault.key for fault in faults}
+    quiet = (
+        f"none of {sorted(wanted)} to fire before the drill (where a machine is too busy "
+        "to serve even light traffic, end other programs first)"
+    )
+    before = time.monotonic()
+    wait_until(lambda: not wanted & seen(ground.watch.alerts()), RESOLVE_S, quiet)
+    history_s += time.monotonic() - before
     with ExitStack() as ending:
         trials: list[_Trial] = []
         for fault in faults:
@@ -180,8 +195,7 @@ def run(ground: Ground, faults: Sequence[Fault], history_s: float) -> list[Outco
             time.sleep(LOOK_S)
             firing = seen(ground.watch.alerts())
             for trial in trials:
-                fault = trial.fault
-                trial.look((fault.alert, fault.job, fault.severity) in firing)
+                trial.look(trial.fault.key in firing)
     return [trial.outcome(ground.notifications) for trial in trials]
 
 

@@ -139,6 +139,8 @@ class Edge:
     ) -> None:
         self.api_url, self.timeout_s = api_url.rstrip("/"), timeout_s
         self.metrics = EdgeMetrics(edges_s)
+        self.metrics.active.set_function(lambda: self.waiting)
+        self.injected = self.answered = self.waiting = 0  # requests; good answers
         self.clear()
 
     def inject(self, **faults: float) -> None:
@@ -150,12 +152,6 @@ class Edge:
     def clear(self) -> None:
         """No faults from now on."""
         self.inject()
-
-    @property
-    def injected(self) -> int:
-        """How many requests were struck so far."""
-        counter = self.metrics.injected
-        return int(sum(counter.labels(kind)._value.get() for kind in KINDS))
 
     @property
     def faults(self) -> Faults:
@@ -210,11 +206,12 @@ class Edge:
             await _answer(send, 200, self.metrics.render())
             return
         exchange = Exchange(self, scope, send)
-        self.metrics.active.inc()
+        self.waiting += 1
         try:
             await exchange.run(receive)
         finally:
-            self.metrics.active.dec()
+            self.waiting -= 1
+            self.answered += exchange.status == 200
             self.metrics.count(scope, exchange.status, exchange.seconds)
 
 
@@ -286,6 +283,7 @@ class Exchange:
         return False
 
     def injected(self, kind: str) -> None:
+        self.edge.injected += 1
         self.edge.metrics.injected.labels(kind).inc()
         self.headers.append((b"x-fault-injected", kind.encode()))
 

@@ -19,7 +19,7 @@ PROMETHEUS = "http://prometheus:9090"  # its name in the compose file
 ACROSS, HEIGHT = 3, 7  # panels a row; Grafana's grid is 24 wide
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 UNITS = {  # ours to Grafana's; what it does not know is a suffix
-    "1/s": "reqps",
+    "req/s": "reqps",
     "s": "s",
     "%": "percentunit",
     "B": "decbytes",

@@ -32,8 +32,9 @@ ROOT = Path(__file__).parents[2]
 COMPLETIONS = "/v1/completions"
 MODEL = "smollm2-135m-instruct"
 ROWS, CONTEXT = 4, 512  # small servers: several run on one machine
-RATE = 5.0  # requests a second on each edge
+RATE = 4.0  # requests a second on each edge
 LONGEST_S = 900.0  # that traffic goes on
+WARM_ANSWERS, WARM_S = 5, 60.0  # good ones on each edge, and how long they may take
 LEAK_MIB_S = 20.0
 ALWAYS_LONG = {"0": -100, "2": -100}  # the tokens that end an answer never come
 
@@ -76,8 +77,11 @@ class Traffic:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def steady(url: str, ask: Callable[[], dict[str, Any]], rate: float) -> None:
+async def steady(
+    url: str, ask: Callable[[], dict[str, Any]], rate: float, after_s: float
+) -> None:
     """Requests by the clock, whatever becomes of them."""
+    await asyncio.sleep(after_s)
     async with client() as http:
 
         async def send(_: int) -> Outcome:
@@ -154,6 +158,7 @@ class Ground:
         ask: what the traffic of a job asks.
         more: further targets, job to "host:port".
         edges_s: thresholds that must be bucket edges.
+        rate: requests a second on each edge.
     """
 
     def __init__(
@@ -166,10 +171,12 @@ class Ground:
         ask: Callable[[str], dict[str, Any]] = short_request,
         more: Mapping[str, str] | None = None,
         edges_s: Sequence[float] = (),
+        rate: float = RATE,
     ) -> None:
         self.groups, self.jobs, self.scale = groups, edges, scale
         self.portable = portable or bool(stack.found())
         self.ask, self.more, self.edges_s = ask, more or {}, edges_s
+        self.rate = rate
         self.servers: dict[str, Server] = {}
         self.edges: dict[str, Edge] = {}
 
@@ -187,6 +194,9 @@ class Ground:
                 wait_until(lambda url=ready: answers(url), 120, f"{job} to be ready")
             work = [self._traffic(job) for job in self.jobs]
             inside.enter_context(Traffic(*work))
+            # The first answers of a new server are slow. Whoever begins to watch then
+            # has a bad past to judge by.
+            wait_until(self._is_warm, WARM_S, "each edge to give good answers")
             kind = Evaluator if self.portable else Stack
             targets = {job: edge.address for job, edge in self.edges.items()}
             targets |= {job: server.address for job, server in self.servers.items()}
@@ -216,7 +226,15 @@ class Ground:
 
     def _traffic(self, job: str) -> Callable[[], Any]:
         url = self.edges[job].url
-        return lambda: steady(url, lambda: self.ask(job), RATE)
+        # In turns: requests that come all at once wait for each other.
+        turn_s = list(self.jobs).index(job) / len(self.jobs) / self.rate
+        return lambda: steady(url, lambda: self.ask(job), self.rate, turn_s)
+
+    def _is_warm(self) -> bool:
+        return all(
+            edge.answered >= WARM_ANSWERS and edge.waiting <= 1
+            for edge in self.edges.values()
+        )
 
     @property
     def notifications(self) -> list[Notification]:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -27,8 +27,10 @@ from course.load import (
     stream_chat,
 )
 from course.measure import Paired, Percentile, Series
+from course.show import Cell, Table
+from local_cloud.monitoring.drift import Score, Watch
 from local_cloud.monitoring.energy import Interval, Meter
-from local_cloud.monitoring.scrape import Scrape, parse, scrape
+from local_cloud.monitoring.scrape import Scrape, parse, quantile, scrape, share_under
 
 HTTP = "http_server_request_duration_seconds"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -123,7 +125,26 @@ def as_histogram(values: Sequence[float], edges: Sequence[float]) -> Scrape:
     return parse(generate_latest(registry).decode())
 
 
-def first_errors(made_up_front: bool, errors: int = 3) -> float:
+def told_by_histograms(
+    gaps_s: Sequence[float], edges: Sequence[float], promise_s: float
+) -> Table:
+    """What is true of waits for a next token, and what two histograms say of it.
+
+    One has these edges, the other one more, on the promise.
+    """
+    gaps = Series(tuple(gaps_s))
+    kept = sum(gap <= promise_s for gap in gaps_s) / gaps.n
+    rows: list[list[Cell]] = [["each wait, by the clients", 1000 * gaps.p99, kept]]
+    for name, own in (("the API's buckets", []), ("one edge more", [promise_s])):
+        buckets = as_histogram(gaps_s, [*edges, *own]).buckets("it")
+        p99, kept = quantile(0.99, buckets), share_under(promise_s, buckets)
+        rows.append([name, 1000 * p99, kept])
+    columns = ["by", ("p99", "ms"), (f"up to {1000 * promise_s:g} ms", "share")]
+    note = f"n = {gaps.n}, mean {1000 * gaps.mean:.3g} ms"
+    return Table("From token to token: truth and histograms", columns, rows, note)
+
+
+def first_errors(made_up_front: bool, errors: int = 3) -> int:
     """How many of a counter's first errors an increase between two scrapes shows."""
     registry = CollectorRegistry()
     counter = Counter("it", "It.", ["status"], registry=registry)
@@ -132,7 +153,7 @@ def first_errors(made_up_front: bool, errors: int = 3) -> float:
     before = parse(generate_latest(registry).decode())
     counter.labels("500").inc(errors)
     after = parse(generate_latest(registry).decode())
-    return (after - before).total("it_total")
+    return int((after - before).total("it_total"))
 
 
 # ## Drift
@@ -150,9 +171,9 @@ CODE = (
 
 
 def prompts(words: Sequence[str], count: int, seed: int) -> list[str]:
-    """What users type: one to four of these words."""
+    """What users type: one to three of these words."""
     draw = random.Random(seed)
-    return [" ".join(draw.choices(words, k=draw.randint(1, 4))) for _ in range(count)]
+    return [" ".join(draw.choices(words, k=draw.randint(1, 3))) for _ in range(count)]
 
 
 # What one window of requests looks like: a feature's values, one a request.
@@ -190,6 +211,19 @@ async def window(url: str, model: str, texts: Sequence[str]) -> Window:
         "prompt_tokens": [float(one["usage"]["prompt_tokens"]) for one in said],
         "confidence": logprobs,
     }
+
+
+def watched(
+    asked: Mapping[str, Window], score: Score
+) -> Iterator[tuple[str, str, Watch]]:
+    """Each feature and kind of people, and the watch after a window of them."""
+    for feature, of in FEATURES.items():
+        watch = Watch(feature, asked["baseline"][feature], score, of=of)
+        for who, seen in asked.items():
+            if who != "baseline":
+                for value in seen[feature]:
+                    watch.observe(value)
+                yield feature, who, watch
 
 
 # ## Energy

@@ -73,7 +73,9 @@ def survivors(group: Group, tests: Sequence[RuleTest]) -> dict[str, bool]:
 
 def _reached(group: Group, severity: str) -> Group:
     """The alerts of one severity and the recorded rules that they read."""
-    alerts = [r for r in group["rules"] if r.get("labels", {}).get("severity") == severity]
+    alerts = [
+        r for r in group["rules"] if r.get("labels", {}).get("severity") == severity
+    ]
     read = [
         rule
         for rule in group["rules"]

@@ -25,7 +25,7 @@ from urllib.request import OpenerDirector, ProxyHandler, build_opener
 from local_cloud.monitoring.promql import Query
 from local_cloud.monitoring.samples import Samples, Target
 
-UNITS = ("1/s", "tokens/s", "s", "%", "x", "requests", "rows", "cores", "B")
+UNITS = ("req/s", "tokens/s", "s", "%", "x", "requests", "rows", "cores", "B")
 KINDS = ("timeseries", "gauge")  # a gauge has a natural range: 0 to 1
 TIMEOUT_S = 5.0
 KEEP_S = 900.0  # of samples; a longer window sees what there is, as when just started
@@ -110,8 +110,8 @@ class Prometheus:
         *values, up = values
         if not up:  # what is left are the last minutes of a target that is gone
             raise SourceError(
-                f"Expected Prometheus to reach the job {self.job!r}, found it down: see "
-                f"{self.url}/targets"
+                f"Expected Prometheus to reach the job {self.job!r}, found it down. "
+                f"See {self.url}/targets"
             )
         return values
 
@@ -194,7 +194,9 @@ def get(url: str, form: bytes | None = None) -> str:
     except (OSError, HTTPException, ValueError) as error:
         found = str(getattr(error, "reason", error)) or type(error).__name__
     where = url.partition("/api/v1/")[0]
-    raise SourceError(f"Expected an answer from {where}, found: {found}")
+    raise SourceError(
+        f"Expected an answer from {where}, found: {found}. Is it up, and there?"
+    )
 
 
 class Watch:

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import urllib.error
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 from urllib.parse import urlencode
@@ -300,7 +300,7 @@ class Stack:
     def _who_is_gone(self, url: str, error: OSError) -> str:
         children = {"Prometheus": self._prometheus, "Alertmanager": self._alertmanager}
         for name, running in children.items():
-            if running and not running.alive:
+            if running and _ended(running):
                 return (
                     f"Expected {name} to run, found that it ended with exit code "
                     f"{running.process.returncode}: nothing is watched, and whoever "
@@ -308,6 +308,13 @@ class Stack:
                     f"\n{running.last_lines()}"
                 )
         return f"Expected an answer to {url}, found: {error}."
+
+
+def _ended(running: Child) -> bool:
+    """Whether it is gone, or going: its sockets are closed a moment before it is."""
+    with suppress(subprocess.TimeoutExpired):
+        running.process.wait(0.2)
+    return not running.alive
 
 
 def check(program: str, *arguments: str) -> str:

@@ -70,16 +70,18 @@ def table(watch: Watch, title: str, width: int = 30) -> Table:
     return Table(title, columns, rows(watch, width), note=watch.fault)
 
 
-def view(watch: Watch, caption: str) -> RichTable:
-    """The dashboard as it stands, for rich to draw."""
+def view(watch: Watch, address: str) -> RichTable:
+    """The dashboard as it stands, for rich to draw; on top what is wrong, if so."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
-    drawn.caption = Text(watch.fault or caption, style="red" if watch.fault else "dim")
-    for name in ("Panel", "Curve", "Last minute", "Now"):
-        drawn.add_column(name, justify="right" if name == "Now" else "left")
+    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    drawn.title = Text(watch.fault or address, "bold red" if watch.fault else "dim")
+    drawn.title_justify = "left"
+    for name in ("Panel", "Curve", "Last minute"):
+        drawn.add_column(name)
+    drawn.add_column("Now", justify="right")
     before = ""
     for title, legend, line, now in rows(watch, _room()):
         name = "" if title == before else title
@@ -106,10 +108,10 @@ def show(url: str, panels: Sequence[Panel], looks: float = math.inf) -> int:
         print(error, file=sys.stderr)
         return 1
     with suppress(KeyboardInterrupt), served(watch) as (page, _):
-        caption = f"The same as a page: {page}    Source: {watch.source.name}"
+        address = f"{page} shows {watch.source.name}"
         with Screen(console=console(), auto_refresh=False) as screen:
             while True:
-                screen.update(view(watch, caption), refresh=True)
+                screen.update(view(watch, address), refresh=True)
                 if len(watch.points) >= looks:
                     break
                 time.sleep(EVERY_S)

@@ -26,6 +26,7 @@ from opentelemetry.sdk.trace.export import (
     SpanExporter,
     SpanExportResult,
 )
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import (
     SpanKind,
     Status,
@@ -63,7 +64,8 @@ class Tracing:
     def __init__(self, exporter: SpanExporter, keep: Keep, service: str = "model-api"):
         """Kept traces go to `exporter`, and to a collector if OTEL_... names one."""
         resource = Resource.create({"service.name": service})
-        self.provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        # All are recorded, also those whose caller did not: the choice is at the end.
+        self.provider = TracerProvider(ALWAYS_ON, resource, shutdown_on_exit=False)
         for each in (exporter, *_collector()):
             self.provider.add_span_processor(
                 BatchSpanProcessor(each, WAITING_SPANS, EXPORT_EVERY_MS)
@@ -319,7 +321,7 @@ class SQLiteSpans(SpanExporter):
         query = f"SELECT {columns}, attributes FROM spans {rest}"
         with self._lock:
             rows = self._db.execute(query, values).fetchall()
-        return [Span(*row[:-1], json.loads(row[-1])) for row in rows]
+        return [Span(*told, json.loads(facts)) for *told, facts in rows]
 
 
 def _row(span: ReadableSpan) -> tuple[Any, ...]:

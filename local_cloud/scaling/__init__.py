@@ -5,12 +5,12 @@ The rooms of prediction: `policies` (what a policy sees and must answer), `traff
 `theory` (what is known without simulating), `planning` (what a fleet costs, and the
 cheapest that keeps a promise), `releases` (who meets a new version, and whether it is
 worse), `kubernetes` (manifests from the same policies), `manifest_checks` (what is
-wrong with them).
+wrong with them), `deployment` (all files of `deploy/` that follow from them).
 
 The rooms of machinery: `balancer` (what every balancer can do), `haproxy` and `proxy`
 (two that do), `replicas` (processes that come, fail and leave), `standin` (a replica
 that waits instead of computing), `loop` (scales by a policy), `regions` (failover and
-burst between places).
+burst between places), `ray_serve` (the model on a cluster that loses a node; optional).
 
 The rooms of waiting: `jobs` (what a queue can do, and SQLite's), `redis_jobs` (the same
 in Redis), `worker` (lease, do, acknowledge), `jobs_api` (`/v1/jobs`).

@@ -209,14 +209,15 @@ class HAProxy:
             socket: path of the runtime socket.
             address: where requests come, `metrics_address` where Prometheus asks.
         """
-        return CONFIG.format(
+        lines = CONFIG.format(
             **self._settings,
             socket=socket,
             address=address,
             metrics_address=metrics_address,
             balance=POLICIES[self.policy],
             members=members,
-        )
+        ).splitlines(keepends=True)
+        return "".join(line for line in lines if line.strip())
 
     def deployed(self, host: str, port: int, most: int) -> str:
         """A configuration for a real deployment: members are what a name resolves to.
@@ -224,12 +225,12 @@ class HAProxy:
         Behind the name there may be none at first and up to `most` later, as with
         a headless Service of Kubernetes, or a scaled service of Compose.
         """
-        found = f"server-template replica {most} {host}:{port} {self._member()}"
+        found = f"server-template replica {most} {host}:{port} {self._options()}"
         members = f"    {found} resolvers names init-addr none\n"
         places = "/run/haproxy/admin.sock", ":8080", ":8404"
         return NOTE + self.config(*places, members) + NAMES
 
-    def _member(self, slots: int | None = None) -> str:
+    def _options(self, slots: int | None = None) -> str:
         """The options of a member."""
         slots = self.slots if slots is None else slots
         check = f"check inter {CHECK_S * 1000:.0f}ms fall {FALL} rise {RISE}"
@@ -249,7 +250,7 @@ class HAProxy:
         address = checked_address(name, host, port)
         server = f"members/{name}"
         self._command(
-            f"add server {server} {address} {self._member(slots)}",
+            f"add server {server} {address} {self._options(slots)}",
             "New server registered.",
         )
         # HAProxy takes a new server for healthy until a check fails, and so would

@@ -190,7 +190,7 @@ def horizontal(work: Workload, policy: Horizontal) -> Manifest:
 
 
 def adapter(work: Workload, policy: Horizontal, series: Sequence[str]) -> Manifest:
-    """prometheus-adapter's configuration: the policy's metric is the sum of these series.
+    """prometheus-adapter's configuration: a policy's metric as the sum of series.
 
     It asks Prometheus for each pod; what stands in << >> the adapter fills in. The
     labels `namespace` and `pod` are Prometheus' usual ones for pods it has found.

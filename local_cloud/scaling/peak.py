@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from course import load
@@ -30,6 +33,7 @@ from local_cloud.scaling.policies import Picker
 from local_cloud.scaling.trials import PATH, one_queue, send_all
 
 if TYPE_CHECKING:
+    from course.lesson import Run
     from local_cloud.scaling.redis_jobs import RedisJobs
 
 
@@ -71,6 +75,29 @@ def direct(url: str, picker: Picker, peak: Peak) -> list[Outcome]:
         wait_up(balancer, ["server"])
         bodies = [peak.body] * len(peak.due)
         return asyncio.run(send_all(balancer.url + PATH, bodies, peak.due))
+
+
+def compare(
+    run: Run, picker: Picker, peak: Peak
+) -> tuple[list[Outcome], dict[str, Queued]]:
+    """The peak straight to a server, and through each queue that can be had here."""
+    from local_cloud.scaling import redis_jobs
+
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        url = stack.enter_context(server(peak))
+        places = {"SQLite": str(folder / "jobs")}
+        if shutil.which("redis-server"):
+            places["Redis"] = stack.enter_context(redis_jobs.redis_server(folder))
+        else:
+            run.skip("Redis: no redis-server in PATH", redis_jobs.INSTALL)
+        with run.progress("peak", 1 + len(places)) as advance:
+            sent, found = direct(url, picker, peak), {}
+            advance()
+            for name, place in places.items():
+                found[name] = queued(place, url, peak)
+                advance()
+    return sent, found
 
 
 @dataclass(frozen=True)

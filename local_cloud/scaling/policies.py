@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 ROUNDING = 1e-9  # 0.6 / 0.2 is a little more than 3: no reason for a fourth replica
@@ -84,6 +84,55 @@ class Rules:
 
     window_s: int
     limits: tuple[Limit, ...]
+
+
+@dataclass
+class Pace:
+    """How an autoscaler's past holds it back: what it recommended, what it changed."""
+
+    up: Rules
+    down: Rules
+    recommended: list[tuple[float, int]] = field(default_factory=list)
+    changed: list[tuple[float, int]] = field(default_factory=list)
+
+    def step(
+        self, now: float, current: int, wanted: int, minimum: int, maximum: int
+    ) -> int:
+        """The replicas to have now; remembers what was wanted, and what changes."""
+        wanted = self.stabilised(now, current, wanted)
+        wanted = self.limited(now, current, wanted, minimum, maximum)
+        if wanted != current:
+            longest = max(x.period_s for x in (*self.up.limits, *self.down.limits))
+            self.changed = within(self.changed, now - longest)
+            self.changed.append((now, wanted - current))
+        return wanted
+
+    def stabilised(self, now: float, current: int, wanted: int) -> int:
+        """The least move that all recommendations of the window agree with."""
+        longest = max(self.up.window_s, self.down.window_s)
+        self.recommended = within(self.recommended, now - longest)
+        self.recommended.append((now, wanted))
+        up = within(self.recommended, now - self.up.window_s)
+        down = within(self.recommended, now - self.down.window_s)
+        least = min([wanted, *(n for _, n in up)])
+        most = max([wanted, *(n for _, n in down)])
+        return min(max(current, least), most)
+
+    def limited(
+        self, now: float, current: int, wanted: int, minimum: int, maximum: int
+    ) -> int:
+        """No further from what there was a period ago than a limit allows."""
+        most = max(
+            limit.ceiling(current, self._since(now, limit)) for limit in self.up.limits
+        )
+        least = min(
+            limit.floor(current, self._since(now, limit)) for limit in self.down.limits
+        )
+        low, high = min(current, max(least, minimum)), max(current, most)
+        return max(minimum, min(max(wanted, low), high, maximum))
+
+    def _since(self, now: float, limit: Limit) -> int:
+        return sum(change for _, change in within(self.changed, now - limit.period_s))
 
 
 class Horizontal(Autoscaler, Protocol):

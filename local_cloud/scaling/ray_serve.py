@@ -1,4 +1,4 @@
-"""Past one machine: the shared model on Ray Serve, and a node that is killed under load.
+"""Past one machine: the model on Ray Serve, and a node that is killed under load.
 
 A fleet behind HAProxy ends at the machine's edge. Ray joins machines to one cluster:
 whoever asks for a replica names what it needs, and Ray finds a node that has it. Here
@@ -13,7 +13,8 @@ The head itself must not die: with it goes the list of who is where. Sources: Ra
 documentation, Ray Serve, End-to-End Fault Tolerance.
 """
 
-# pyright: reportMissingImports=false, as Ray is optional
+# Ray is optional:
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import asyncio

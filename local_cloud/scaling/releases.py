@@ -81,6 +81,13 @@ def majority(answers: Sequence[str]) -> tuple[str, float]:
     return answer, votes / len(answers)
 
 
+def majority_right(right: float, members: int, questions: int, seed: int) -> float:
+    """How often a `majority` is right whose members each are, independently."""
+    drawn = np.random.default_rng(seed).random((questions, members)) < right
+    votes = np.where(drawn, "right", "wrong").tolist()
+    return sum(majority(vote)[0] == "right" for vote in votes) / questions
+
+
 def false_alarms(
     experiments: int, looks: int, requests: int, failing: float, seed: int
 ) -> tuple[float, float]:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from course.measure import Series
@@ -24,7 +26,7 @@ from course.process import wait_until
 from course.show import Cell, Table
 from local_cloud.scaling import semantic
 from local_cloud.scaling.cache import CachedApp, ResponseCache, Rules
-from local_cloud.scaling.jobs import Jobs, Status
+from local_cloud.scaling.jobs import Jobs, SQLiteJobs, Status
 from local_cloud.scaling.ring import Ring, prefix
 from local_cloud.scaling.worker import work
 
@@ -215,6 +217,12 @@ def answered(
         stop.set()
         worker.join()
     return [status for id in ids if (status := jobs.get(id))]
+
+
+def done_by(do: Callable[[Any], Any], payloads: Sequence[Any]) -> list[Status]:
+    """What became of jobs in a queue that was made for them."""
+    with TemporaryDirectory() as folder, SQLiteJobs(Path(folder) / "jobs") as jobs:
+        return answered(jobs, do, payloads)
 
 
 def ended(jobs: Jobs, ids: Sequence[str]) -> bool:

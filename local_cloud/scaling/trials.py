@@ -27,7 +27,7 @@ from course.load import Outcome
 from course.show import Cell, Table
 from local_cloud.scaling import standin, theory, traffic
 from local_cloud.scaling.balancer import Balancer
-from local_cloud.scaling.haproxy import HAProxy, NoHAProxy, find
+from local_cloud.scaling.haproxy import INSTALL, HAProxy, NoHAProxy, find
 from local_cloud.scaling.loop import ControlLoop, Tick
 from local_cloud.scaling.omission import Experiment, Row, measure
 from local_cloud.scaling.policies import Autoscaler, Picker
@@ -39,6 +39,7 @@ from local_cloud.scaling.simulator import Fleet, Trace, simulate
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from course.lesson import Run
     from models import Model
 
 PATH = "/v1/chat/completions"
@@ -383,3 +384,16 @@ def failover(round_trip_s: float, seconds: float = 2.0) -> Failover:
             return await send_all(door.url + PATH, bodies, due)
 
         return Failover(asyncio.run(send()), seconds / 2)
+
+
+def fail_over(run: Run, round_trip_s: float) -> None:
+    """Two regions behind one address; the near one is killed under load."""
+    try:
+        found = failover(round_trip_s, seconds=1.2)
+    except NoHAProxy as missing:
+        run.skip(f"regions: {missing}", INSTALL)
+        return
+    before, after = found.median_ms(after=False), found.median_ms(after=True)
+    name = f"near region killed, the next is {1000 * round_trip_s:g} ms away (emulated)"
+    told = f"{found.failed} of {len(found.outcomes)} failed"
+    run.fact(name, f"{told}; {before:.0f}, then {after:.0f} ms")

@@ -27,7 +27,6 @@ from local_cloud.monitoring import drill, stack
 from local_cloud.monitoring.drift import DriftCollector, Watch
 from local_cloud.monitoring.ground import (
     LEAK_MIB_S,
-    RATE,
     Ground,
     short_request,
 )
@@ -35,6 +34,7 @@ from local_cloud.monitoring.scrape import scrape
 from tests.benchmarks import AFTER_LESSONS
 
 SCALE = 60.0
+RATE = 2.0  # requests a second on each of the edges
 CLEAN_S, QUICK_CLEAN_S = 120.0, 60.0
 SHARES = {"errors-100": 1.0, "errors-50": 0.5, "errors-30": 0.3}
 EDGES = {**dict.fromkeys(SHARES, "api"), "latency": "api", "blip": "api"}
@@ -173,7 +173,7 @@ def whole_drill(run: lesson.Run) -> None:
         run.skip(missing, stack.INSTALL)
     clean_s = QUICK_CLEAN_S if run.quick else CLEAN_S
     prompts = Prompts()
-    options = {"portable": run.arguments.portable, "ask": prompts.ask}
+    options = {"portable": run.arguments.portable, "ask": prompts.ask, "rate": RATE}
     groups = course.groups(SCALE)
     with (
         exported(prompts.watch) as address,
@@ -193,6 +193,8 @@ def whole_drill(run: lesson.Run) -> None:
                 advance()
         false = [one for one in ground.notifications if one.severity == "page"]
         run.fact(f"false pages in {clean_s:g} s of good traffic", len(false))
+        for one in {f"{one.job}: {one.summary}": one for one in false}:
+            run.say(one)
         faults = first_faults(ground, prompts, time.monotonic() - begun)
         outcomes = drill.run(ground, faults, time.monotonic() - begun)
         ratio = f'{course.ratio_name(course.HOUR_S)}{{slo="availability"}}'

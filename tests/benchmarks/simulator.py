@@ -108,10 +108,10 @@ def one_queue(run: lesson.Run) -> None:
     sure = [apart for apart, luck in told if luck <= 1]
     worst = max(apart / luck for apart, luck in told)
     run.conclude(
-        f"Where the standard error is at most 1 %, at most {max(sure, default=0):.1f} % "
-        f"from Erlang-C (bar: 2 %); anywhere at most {worst:.1f} standard errors. The "
-        "fuller and larger a fleet, the more its waits resemble those just before, and "
-        f"the more requests one percent takes: at last {rows[-1][6]:.0f} million."
+        f"Where the standard error is at most 1 %, at most {max(sure, default=0):.1f} "
+        f"% from Erlang-C (bar: 2 %); anywhere at most {worst:.1f} standard errors. "
+        "The fuller and larger a fleet, the more its waits resemble those just before, "
+        f"and the more requests one percent takes: at last {rows[-1][6]:.0f} million."
     )
 
 

@@ -1,25 +1,20 @@
-"""Grades exercise 2: the parts by arithmetic, the whole on servers with planted faults."""
+"""Grades exercise 2: its parts by arithmetic, the whole on servers with a fault."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import itertools
 import random
 import statistics
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from course import process
+from exercises.unknown_server import ask_at, started
 from tests.graders.plugin import Call, Submission, points
 
-SERVER = Path(__file__).with_name("planted_server.py")
 TEST_S = 25.0  # a load test may take 20 s; this machine may be busy
 OTHERS = {"wait_s": 0.02}
 STEADY = {"wait_s": 0.06}  # slow alone, and no slower under load
@@ -64,7 +59,7 @@ def check_schedule_is_poisson(submission: Submission) -> None:
     """Gaps are exponential: users do not agree on taking turns."""
     found = drawn(submission)
     due = sorted(found.value)
-    gaps = [b - a for a, b in zip(due, due[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(due)]
     mean = statistics.fmean(gaps)
     spread = statistics.stdev(gaps) / mean
     long = sum(gap > 2 * mean for gap in gaps) / len(gaps)
@@ -214,26 +209,6 @@ def check_percentile_needs_values(submission: Submission) -> None:
 # -- 2b, on servers with a fault
 
 
-@contextmanager
-def server(routes: dict[str, dict[str, Any]]) -> Iterator[int]:
-    port = process.free_port()
-    argv = [sys.executable, str(SERVER), str(port), json.dumps(routes)]
-    with process.child(argv, ready=f"http://127.0.0.1:{port}/ready"):
-        yield port
-
-
-async def ask_at(port: int, route: str) -> None:
-    """One GET; raises ConnectionError where the answer is not 200."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        writer.write(f"GET {route} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        status = (await reader.readline()).split()[1:2]
-    finally:
-        writer.close()
-    if status != [b"200"]:
-        raise ConnectionError(f"expected 200 of {route}, found {status}")
-
-
 async def most_per_s(port: int, route: str, seconds: float = 0.7) -> float:
     """What a route can do at most: four callers who ask again at once."""
     end, answered = time.perf_counter() + seconds, 0
@@ -252,7 +227,7 @@ async def most_per_s(port: int, route: str, seconds: float = 0.7) -> float:
 
 
 @dataclass(frozen=True)
-class Tested:
+class Examined:
     """What the submission found out about one server."""
 
     call: Call
@@ -260,10 +235,10 @@ class Tested:
     most_per_s: float
 
 
-def tested(submission: Submission, **routes: dict[str, Any]) -> Tested:
+def examined(submission: Submission, **routes: dict[str, Any]) -> Examined:
     """Lets the submission test a server; the planted fault is the route with a pool."""
     planted = next(name for name, route in routes.items() if "at_once" in route)
-    with server({f"/{name}": route for name, route in routes.items()}) as port:
+    with started({f"/{name}": route for name, route in routes.items()}) as port:
 
         async def ask(route: str) -> None:
             await ask_at(port, f"/{route}")
@@ -272,17 +247,17 @@ def tested(submission: Submission, **routes: dict[str, Any]) -> Tested:
         most = asyncio.run(most_per_s(port, f"/{planted}"))
     because = "the result says which route, and how much it sustains"
     found.must(hasattr(found.value, "sustained_per_s"), "a Bottleneck", because)
-    return Tested(found, planted, most)
+    return Examined(found, planted, most)
 
 
 @pytest.fixture(scope="session")
-def serial(submission: Submission) -> Tested:
+def serial(submission: Submission) -> Examined:
     """A server one of whose routes has a pool of a single connection."""
-    return tested(submission, report=STEADY, search=OTHERS, summary=SERIAL)
+    return examined(submission, report=STEADY, search=OTHERS, summary=SERIAL)
 
 
 @points(3, hint="Ask which gets worse, not which is bad.", slow=True, limit_s=TEST_S)
-def check_finds_the_route_that_queues(serial: Tested) -> None:
+def check_finds_the_route_that_queues(serial: Examined) -> None:
     """It finds the route that queues, beside one that is slow at any rate."""
     because = (
         "it serves one request at a time and queues at 100 a second, where all others "
@@ -295,14 +270,14 @@ def check_finds_the_route_that_queues(serial: Tested) -> None:
 @points(2, hint="What does an error count as?", slow=True, limit_s=TEST_S)
 def check_finds_the_route_that_refuses(submission: Submission) -> None:
     """It finds the route that refuses under load, and so looks fast."""
-    found = tested(submission, chat=REFUSES, report=STEADY, search=OTHERS)
+    found = examined(submission, chat=REFUSES, report=STEADY, search=OTHERS)
     because = "it refuses most of 100 a second, and a refusal comes fast"
     route = found.call.value.route
     found.call.must(route == found.planted, found.planted, because, got=route)
 
 
 @points(1, hint="Raise the rate step by step.", slow=True, limit_s=TEST_S)
-def check_tells_what_the_route_sustains(serial: Tested) -> None:
+def check_tells_what_the_route_sustains(serial: Examined) -> None:
     """The rate it tells is one that the route can sustain."""
     most = serial.most_per_s
     because = f"callers who asked again at once got {most:.0f} answers a second"

@@ -1,4 +1,4 @@
-"""From scratch, as the course's smallest image; limits as text; rows found by search."""
+"""From scratch, like the course's smallest image; limits as text; rows by search."""
 
 
 def dockerfile():

@@ -1,4 +1,4 @@
-"""Tasks in a group, the rank without rounding, and the share of requests that are bad."""
+"""Tasks in a group, a rank without rounding, the share of requests that are bad."""
 
 
 def schedule(rate_per_s, duration_s, seed):

@@ -1,10 +1,12 @@
-"""A real HTTP server on loopback with a fault planted in one of its routes.
+"""A real HTTP server on loopback, one of whose routes has a fault.
 
-    python tests/graders/planted_server.py 8001 '{"/a": {"wait_s": 0.02, "at_once": 1}}'
+    with started({"/chat": {"wait_s": 0.02, "at_once": 1}, "/search": {}}) as port:
+        asyncio.run(ask_at(port, "/chat"))
 
 Each route waits for a downstream service, which is emulated by a timer, through a pool
 of `at_once` connections. Who finds none free waits, or is refused where the route has
 `"refuses": true`. So a route may be as fast as the others alone, and break under load.
+It runs as a process of its own, so that the load test's work does not slow it down.
 """
 
 from __future__ import annotations
@@ -13,13 +15,46 @@ import asyncio
 import json
 import sys
 from asyncio import Semaphore, StreamReader, StreamWriter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from course import process
+
+ROOT = Path(__file__).resolve().parent.parent
+WAIT_S = 0.02  # of a route without a fault
+PLENTY = 1000  # connections in its pool
+
+
+@contextmanager
+def started(routes: Mapping[str, Mapping[str, Any]]) -> Iterator[int]:
+    """Serves routes, each with its `Route` settings, on the port that it gives."""
+    port = process.free_port()
+    argv = [sys.executable, "-m", __name__, str(port), json.dumps(routes)]
+    ready, env = f"http://127.0.0.1:{port}/ready", {"PYTHONPATH": str(ROOT)}
+    with process.child(argv, env=env, ready=ready):
+        yield port
+
+
+async def ask_at(port: int, route: str) -> None:
+    """One GET; raises ConnectionError where the answer is not 200."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(f"GET {route} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        status = (await reader.readline()).split()[1:2]
+    finally:
+        writer.close()
+    if status != [b"200"]:
+        raise ConnectionError(f"expected 200 of {route}, found {status}")
 
 
 class Route:
     """One path and its pool."""
 
-    def __init__(self, wait_s: float, at_once: int = 1000, refuses: bool = False):
+    def __init__(
+        self, wait_s: float = WAIT_S, at_once: int = PLENTY, refuses: bool = False
+    ):
         self.wait_s, self.refuses = wait_s, refuses
         self.pool = Semaphore(at_once)
 
