@@ -36,10 +36,11 @@ def note(exercise: str, **facts: Any) -> None:
 
 
 def note_result(graded: Graded) -> None:
-    """Keeps a result of the learner's own file."""
-    solved = not graded.failed and graded.score > 0
-    facts = {"score": graded.score, "points": graded.points, "solved": solved}
-    note(graded.exercise, **facts, sha256=graded.sha256)
+    """Keeps the best result of the learner's own file; once solved stays solved."""
+    best = load().get(graded.exercise, {})
+    solved = best.get("solved", False) or (graded.score > 0 and not graded.failed)
+    facts: dict[str, Any] = {"points": graded.points, "solved": solved}
+    note(graded.exercise, **facts, score=max(graded.score, best.get("score", 0)))
 
 
 def next_hint(exercise: Exercise) -> tuple[int, str]:
@@ -47,7 +48,7 @@ def next_hint(exercise: Exercise) -> tuple[int, str]:
     steps = re.split(r"(?m)^## .*\n", exercise.hints.read_text(encoding="utf-8"))[1:]
     seen = min(load().get(exercise.name, {}).get("hints", 0) + 1, len(steps))
     note(exercise.name, hints=seen)
-    return seen, steps[seen - 1].strip()
+    return seen, re.sub(r"(?<!\n)\n(?!\n)", " ", steps[seen - 1].strip())
 
 
 def back_up(file: Path) -> Path:

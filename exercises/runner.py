@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from exercises.catalogue import ROOT, Exercise
 from exercises.results import Check, Graded
 
 PLUGIN = "tests.graders.plugin"
+FINISHED = {"finished": True}  # the report's last line
+GRACE_S = 2.0  # from there to the end of the process
+POLL_S = 0.02
 
 
 class GraderError(RuntimeError):
@@ -53,18 +57,14 @@ def grade(
         report = Path(folder) / "report.jsonl"
         env = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
         with process.child(_command(exercise, file, report, quick), env=env) as running:
-            try:
-                code = running.process.wait(limit_s)
-                ended = f"your file ended the grader with exit code {code}"
-            except subprocess.TimeoutExpired:
-                ended = f"the time limit of {limit_s:g} s for all checks was over"
+            ended = _wait(running, report, limit_s)
         lines = _lines(report)
     if not lines:
         raise GraderError(
             f"Expected {exercise.grader.name} to announce its checks, found none. "
             f"It wrote last:\n{running.last_lines()}"
         )
-    announced, *found = lines
+    announced, *found = (line for line in lines if line != FINISHED)
     seconds = round(time.monotonic() - start, 2)
     return Graded(
         exercise=exercise.name,
@@ -74,6 +74,21 @@ def grade(
         seconds=seconds,
         checks=_checks(announced["checks"], found, ended),
     )
+
+
+def _wait(running: process.Child, report: Path, limit_s: float) -> str:
+    """Waits for the end; tells why, for the checks that did not report by then."""
+    end = time.monotonic() + limit_s
+    while (code := running.process.poll()) is None:
+        if time.monotonic() > end:
+            return f"the time limit of {limit_s:g} s for all checks was over"
+        if _lines(report)[-1:] == [FINISHED]:
+            # A thread that the submission left running must not keep us waiting.
+            with suppress(subprocess.TimeoutExpired):
+                running.process.wait(GRACE_S)
+            break
+        time.sleep(POLL_S)
+    return f"your file ended the grader with exit code {code}"
 
 
 def _command(exercise: Exercise, file: Path, report: Path, quick: bool) -> list[str]:

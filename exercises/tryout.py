@@ -39,13 +39,15 @@ def _one(name: str, call: Callable[[], Any]) -> bool:
         if inspect.iscoroutine(value):
             value = asyncio.run(value)
     except NotImplementedError:
-        show.labelled(name, "not started", "dim")
+        show.labelled("open", f"{name}: not started", "yellow")
         return False
     except Exception:  # the learner's own, shown whole: this is where they debug
-        show.labelled(name, traceback.format_exc(), "bold red")
+        show.labelled("error", f"{name}:\n{traceback.format_exc()}", "red")
         return False
     if isinstance(value, show.Table):
         show.table(value)
     else:
-        show.labelled(f"{name} ", str(value), "bold green")
+        text = str(value)
+        between = "\n" if "\n" in text else " "
+        show.labelled("ok", f"{name}:{between}{text}", "green")
     return True

@@ -259,19 +259,24 @@ async def followed(url: str, trace_id: str) -> str:
     """Ask one question as part of a trace; gives the exemplar that names it."""
     async with client(url) as http:
         traced = {"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
-        await http.post(CHAT, json=small_talk(200, 24), headers=traced)
+        question = small_talk(200, 24)
+        await http.post(CHAT, json=question, headers=traced, timeout=60)
         accept = {"accept": "application/openmetrics-text"}
-        text = (await http.get("/metrics", headers=accept)).text
-    return next(line for line in text.splitlines() if trace_id in line)
+        async with asyncio.timeout(10):  # the answer comes before it is counted
+            while True:
+                text = (await http.get("/metrics", headers=accept)).text
+                for line in text.splitlines():
+                    if trace_id in line and line.startswith("http_server"):
+                        return line
 
 
 async def mixed(url: str, good: int, refused: int) -> None:
     """Send small requests, and some that no budget can hold."""
     async with client(url) as http:
         for _ in range(good):
-            await http.get("/v1/models")
+            await http.get("/v1/models", timeout=60)
         for _ in range(refused):
-            await http.post(CHAT, json=small_talk(3, 1990))
+            await http.post(CHAT, json=small_talk(3, 1990), timeout=60)
 
 
 def watched_s(

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,13 @@ from course import process
 from exercises import doctor, exporters, results, runner, starter
 from exercises.catalogue import EXERCISES, POINTS, ROOT, UnknownExercise, find
 from exercises.results import Check, Graded
+from local_cloud.containers.engine import Engine
 
 DEADLINE_S = 120.0
+pytestmark = pytest.mark.skipif(
+    not EXERCISES[0].solution.exists(),
+    reason="a bundle for students holds no solutions. To run it: use a clone",
+)
 each_exercise = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda x: x.name)
 
 
@@ -240,14 +246,8 @@ def test_the_docstring_agrees_with_the_catalogue(exercise):
 @pytest.fixture
 def watching(clone: Path) -> Iterator[process.Child]:
     argv = [sys.executable, "-u", "-m", "exercises", "watch", "2"]
-    env = {"PYTHONPATH": str(clone)}
-    here = os.getcwd()
-    os.chdir(clone)  # a child runs where we are
-    try:
-        with process.child(argv, env=env) as running:
-            yield running
-    finally:
-        os.chdir(here)
+    with chdir(clone), process.child(argv) as running:  # a child runs where we are
+        yield running
 
 
 def until(running: process.Child, text: str) -> None:
@@ -260,6 +260,8 @@ def test_watch_checks_at_once_at_each_save_and_ends_when_solved(
     until(watching, "0 of 25 points")
     file = clone / find("2").file.relative_to(ROOT)
     started = find("2").solution.read_text()
+    file.write_text("def f(:\n")
+    until(watching, "SyntaxError")
     file.write_text(started.replace("draw.expovariate(rate_per_s)", "1 / rate_per_s"))
     until(watching, "16 of 25 points, 6 could not be checked here")
     new = file.with_suffix(".new")  # as an editor saves: a new file, renamed
@@ -335,6 +337,24 @@ open({str(tmp_path / "pid")!r}, "w").write(str(made.pid))
     process.wait_until(gone, 5.0, "the submission's process to be gone")
 
 
+def test_a_thread_that_goes_on_keeps_nobody_waiting(tmp_path: Path):
+    text = find("2").solution.read_text()
+    text += (
+        "\nimport threading\nthreading.Thread(target=time.sleep, args=(99,)).start()"
+    )
+    result = graded(tmp_path, text)
+    assert result.failed == []
+    assert result.seconds < 60
+
+
+def test_a_value_of_another_kind_fails_and_says_so(tmp_path: Path):
+    text = find("2").solution.read_text()
+    text += "\ndef schedule(*_):\n    return ['soon'] * 10_000\n"
+    messages = {x.name: x.message for x in graded(tmp_path, text).failed}
+    assert "of the kinds that the docstring names" in messages["schedule_is_poisson"]
+    assert "TypeError" in messages["schedule_is_poisson"]
+
+
 def test_a_file_that_is_not_there_gets_nothing(tmp_path: Path):
     result = runner.grade(find("2"), tmp_path / "ex2_load_test.py", quick=True)
     assert (result.score, result.sha256) == (0, None)
@@ -345,6 +365,28 @@ def test_a_grader_that_cannot_run_is_no_fault_of_the_learner(tmp_path: Path):
     broken = dataclasses.replace(find("2"), name="ex9_none")
     with pytest.raises(runner.GraderError, match="grade_ex9_none"):
         runner.grade(broken, find("2").file)
+
+
+@pytest.mark.docker
+def test_ctrl_c_leaves_no_container_of_the_grader(docker_engine: Engine, clone: Path):
+    solve(clone, "1")
+    argv = [sys.executable, "-m", "exercises", "check", "1"]
+    before = {x.id for x in docker_engine.client.containers.list(all=True)}
+
+    def made() -> list[str]:
+        found = docker_engine.client.containers.list(all=True)
+        images = {x.id: x.attrs["Config"]["Image"] for x in found}
+        return [
+            id
+            for id, image in images.items()
+            if id not in before and image.startswith("exercise-1:")
+        ]
+
+    with chdir(clone), process.child(argv, stop_s=20) as running:
+        process.wait_until(made, DEADLINE_S, "a container of the grader")
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(DEADLINE_S) == 130
+    assert made() == []
 
 
 # ---------------------------------------------------------------- results

@@ -131,13 +131,15 @@ def test_it_listens_on_loopback_alone_and_leaves_neither_process_nor_folder():
     assert not folder.exists()
 
 
-def test_a_killed_prometheus_is_missed_by_the_receiver_and_named_by_the_stack():
+def test_a_killed_prometheus_is_missed_by_the_receiver_and_named_by_the_stack(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(stack, "RESEND_S", 1.0)  # its alerts hold for four of these
     with Webhook() as webhook, Stack(GROUPS, {}, [webhook]) as running:
         wait_until(lambda: webhook.silent_s < 0.2, 20, "the watchdog")
         os.kill(running.pids()[0], signal.SIGKILL)
         with pytest.raises(StackError, match=r"Prometheus to run.*exit code -9"):
             wait_until(lambda: running.query("up") and False, 5, "an error")
-        # It says of its alerts that they hold for four resends of 5 s: no longer.
         wait_until(lambda: webhook.silent_s > 4, 40, "silence")
 
 

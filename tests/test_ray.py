@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from course.process import wait_until
 from local_cloud.scaling import ray_serve
 from local_cloud.scaling.ray_serve import NoRay, Trial
 
@@ -43,3 +45,13 @@ def test_without_ray_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ray_serve, "is_installed", lambda: False)
     with pytest.raises(NoRay, match=r"pip install -r requirements-ray\.txt"):
         ray_serve.kill_a_node()
+
+
+@needs_ray
+def test_a_trial_that_takes_too_long_leaves_nothing(monkeypatch: pytest.MonkeyPatch):
+    before, folders = of_ray(), set(Path("/tmp").glob("ray*"))
+    monkeypatch.setattr(ray_serve, "DEADLINE_S", 8.0)
+    with pytest.raises(subprocess.TimeoutExpired):
+        ray_serve.kill_a_node()
+    wait_until(lambda: of_ray() == before, 10, "Ray's processes to end")
+    assert set(Path("/tmp").glob("ray*")) == folders

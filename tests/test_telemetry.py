@@ -93,6 +93,7 @@ def ask(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
 def test_one_trace_leads_from_the_client_to_the_engine_the_log_and_the_exemplar():
     with watched() as seen, served(seen.app) as url:
         answer = httpx.post(url + CHAT, json=question(), headers=PARENT, timeout=60)
+        until(seen.lines)  # the answer is there before its end is written down
         seen.tracing.flush()
         spans = seen.store.trace(TRACE)
         exposed = httpx.get(f"{url}/metrics", headers=OPENMETRICS).text
@@ -258,7 +259,7 @@ def test_a_client_that_leaves_is_an_error_and_its_answer_was_cut():
     with watched() as seen, served(seen.app) as url:
         with httpx.stream("POST", url + CHAT, json=body, headers=PARENT) as answer:
             next(answer.iter_lines())
-        until(lambda: seen.lines())
+        until(seen.lines)
         seen.tracing.flush()
         spans = {span.name: span for span in seen.store.trace(TRACE)}
     assert spans[f"POST {CHAT}"].error == spans["decode"].error == "client_left"

@@ -1,4 +1,4 @@
-"""The files that Prometheus and Alertmanager read where docker-compose.yml runs them."""
+"""The files that Prometheus and Alertmanager read under docker-compose.yml."""
 
 from __future__ import annotations
 

@@ -68,14 +68,18 @@ class Outcome:
     struck: int | None = None  # requests, where it strikes them one by one
 
     @property
+    def late_s(self) -> float | None:
+        """Measured minus predicted; None if nothing fired."""
+        return None if self.measured_s is None else self.measured_s - self.predicted_s
+
+    @property
     def good(self) -> bool:
         """Found within the bars; or silent, if it was a blip."""
         if self.fault.lasts_s is not None:
             return self.measured_s is None and self.struck != 0
-        if self.measured_s is None:
+        if self.late_s is None:
             return False
-        apart = self.measured_s - self.predicted_s
-        return not self.fault.barred or -EARLY_S <= apart <= LATE_S
+        return not self.fault.barred or -EARLY_S <= self.late_s <= LATE_S
 
 
 class _Trial:
@@ -180,8 +184,8 @@ def run(ground: Ground, faults: Sequence[Fault], history_s: float) -> list[Outco
     """
     wanted = {fault.key for fault in faults}
     quiet = (
-        f"none of {sorted(wanted)} to fire before the drill (where a machine is too busy "
-        "to serve even light traffic, end other programs first)"
+        f"none of {sorted(wanted)} to fire before the drill (a machine too busy for "
+        "light traffic keeps no promise: end other programs first)"
     )
     before = time.monotonic()
     wait_until(lambda: not wanted & seen(ground.watch.alerts()), RESOLVE_S, quiet)

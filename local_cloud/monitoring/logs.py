@@ -28,8 +28,13 @@ class LineHandler(logging.StreamHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         self.failed += 1
-        with suppress(OSError, ValueError):  # stderr may be full or closed as well
-            print(self.format(record), file=sys.stderr)
+        last_resort(self.format(record))
+
+
+def last_resort(line: str) -> None:
+    """Say it on stderr, which may be full or closed as well."""
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from local_cloud.monitoring.objectives import SLO, Selector, Window, promql_time
+from local_cloud.monitoring.rule_groups import MEMORY_BYTES
 from local_cloud.monitoring.stack import need
 
 LOOKS = 4  # at the rules within the short window of a pair
@@ -193,7 +194,7 @@ def level(*values: tuple[float, int]) -> str:
     return " ".join(f"{value:g}+0x{looks - 1}" for value, looks in values)
 
 
-def cause_tests(memory_bytes: int) -> list[RuleTest]:
+def cause_tests() -> list[RuleTest]:
     """The alerts that are no burn rates: at the limit silent, just past it firing."""
     minute = 60.0
 
@@ -208,7 +209,7 @@ def cause_tests(memory_bytes: int) -> list[RuleTest]:
         return RuleTest(name, "causes", minute, labelled, checks)
 
     def failures(metric: str) -> RuleTest:
-        looks = dict(m10=False, m11=True, m15=True, m16=False)
+        looks = {"m10": False, "m11": True, "m15": True, "m16": False}
         checks = after("NotificationsFail", "page", **looks)
         return one(f"{metric} counts one", checks, **{metric: level((0, 11), (1, 20))})
 
@@ -217,7 +218,7 @@ def cause_tests(memory_bytes: int) -> list[RuleTest]:
         text = f"0+60x4 {300 + seconds}+60x5"
         return one(f"a clock {seconds} s apart", checks, host_clock_seconds=text)
 
-    limit = memory_bytes
+    limit = MEMORY_BYTES
     grown = f"{limit // 2}+0x120 {limit // 2 + 4 * MIB}+{4 * MIB}x120"
     full = f"{limit}+0x120"
     return [
@@ -263,7 +264,7 @@ def cause_tests(memory_bytes: int) -> list[RuleTest]:
 def test_files(
     rule_files: Sequence[str], tests: Sequence[RuleTest]
 ) -> dict[str, dict[str, Any]]:
-    """Files for `promtool test rules` by name: one for each step, which a file shares."""
+    """Files for `promtool test rules` by name: one for each step."""
     steps = dict.fromkeys(test.step_s for test in tests)
     return {
         f"every_{promql_time(step)}": {

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import sqlite3
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -38,6 +37,7 @@ from opentelemetry.trace import (
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from course.show import Table
+from local_cloud.monitoring import logs
 
 if TYPE_CHECKING:
     from models import AsyncStream
@@ -172,8 +172,9 @@ class RequestTrace:
         try:
             LOG.log(level, text, extra=extra)
         except Exception as error:  # of somebody's handler, and it shall fail nothing
-            line = {"message": text, "trace_id": self.trace_id, **extra}
-            print(json.dumps({**line, "handler": repr(error)}), file=sys.stderr)
+            ids = {"trace_id": self.trace_id, "request_id": self.request_id}
+            line = {"message": text, **ids, **extra, "handler": type(error).__name__}
+            logs.last_resort(json.dumps(line))
 
     def _usage(self) -> Facts:
         """Tokens; of a prompt with many answers each answer counts it."""
@@ -250,13 +251,11 @@ def phases(stream: AsyncStream, now: float) -> list[tuple[str, float, float]]:
     it, or until now.
     """
     start = stream.submitted
-    marks = [("queue", 0.0), ("prefill", stream.queued_s)]
-    marks.append(("decode", stream.first_token_s))
-    reached = [mark for mark in marks if mark[0] == "queue" or mark[1]]
-    ends = [mark[1] for mark in reached[1:]]
-    ends.append(stream.total_s or now - start)
-    pairs = zip(reached, ends, strict=True)
-    return [(name, start + begin, start + end) for (name, begin), end in pairs]
+    begins = [0.0, *(at for at in (stream.queued_s, stream.first_token_s) if at)]
+    ends = [*begins[1:], stream.total_s or now - start]
+    names = ("queue", "prefill", "decode")
+    told = zip(names, begins, ends, strict=False)
+    return [(name, start + begin, start + end) for name, begin, end in told]
 
 
 @dataclass(frozen=True)
@@ -321,7 +320,7 @@ class SQLiteSpans(SpanExporter):
         query = f"SELECT {columns}, attributes FROM spans {rest}"
         with self._lock:
             rows = self._db.execute(query, values).fetchall()
-        return [Span(*told, json.loads(facts)) for *told, facts in rows]
+        return [Span(*told, attributes=json.loads(facts)) for *told, facts in rows]
 
 
 def _row(span: ReadableSpan) -> tuple[Any, ...]:

@@ -21,6 +21,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,6 +56,7 @@ NODE = {
     "object_store_memory": 80 << 20,  # requests and answers are small
     "node_ip_address": "127.0.0.1",
 }
+ROWS = 8  # answers of a replica at a time
 TRIES, PAUSE_S = 5, 0.2  # of one request, the second after so long, then twice as long
 PATIENCE_S = 20.0  # for one try
 DEADLINE_S = 180.0  # for a whole trial
@@ -109,18 +111,35 @@ def kill_a_node(trial: Trial | None = None) -> Killed:
     # A short path: the names of Ray's sockets below it have room for 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
         given = {**os.environ, **SETTINGS, "RAY_TMPDIR": folder}
-        done = subprocess.run(
-            argv,
-            cwd=ROOT,
-            env=given,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                argv,
+                cwd=ROOT,
+                env=given,
+                capture_output=True,
+                text=True,
+                timeout=DEADLINE_S,
+                check=False,
+            )
+        finally:
+            kill_all_with(f"RAY_TMPDIR={folder}")
     if done.returncode:
         raise RuntimeError(f"Expected a trial with Ray, found:\n{done.stderr[-2000:]}")
     return Killed(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def kill_all_with(variable: str) -> None:
+    """End what a trial that ended early has left: whoever inherited its environment."""
+    found = True
+    while found:  # they start each other
+        found = False
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if variable.encode() in path.read_bytes().split(b"\0"):
+                    found = True
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+            except OSError:  # another's, or it ended meanwhile
+                continue
 
 
 # In the trial's own process.
@@ -134,7 +153,7 @@ class Answers:
 
         import models
 
-        self.model = models.load(rows=8, context=512, threads=1)
+        self.model = models.load(rows=ROWS, context=512, threads=1)
         self.node = ray.get_runtime_context().get_node_id()
 
     async def __call__(self, request: Any) -> dict[str, str]:
@@ -144,6 +163,27 @@ class Answers:
         ids = self.model.prompt(asked["prompt"])
         stream = self.model.submit(ids, Sampling(max_tokens=asked["max_tokens"]))
         return {"text": "".join([p.text async for p in stream]), "node": self.node}
+
+
+def deployed() -> Any:
+    """`Answers` as an application of Serve: one replica a node."""
+    from ray import serve
+
+    made = serve.deployment(
+        Answers,
+        # As many as there are nodes; a third once each has more to do than rows.
+        autoscaling_config={
+            "min_replicas": 2,
+            "max_replicas": 3,
+            "target_ongoing_requests": ROWS,
+        },
+        max_ongoing_requests=2 * ROWS,
+        max_replicas_per_node=1,
+        ray_actor_options={"num_cpus": 1},
+        health_check_period_s=1,
+        health_check_timeout_s=5,
+    )
+    return made.bind()
 
 
 class Nodes:
@@ -166,21 +206,7 @@ class Nodes:
             options = {"host": "127.0.0.1", "port": port}
             serve.start(proxy_location="HeadOnly", http_options=options)
             stack.callback(serve.shutdown)
-            deployed = serve.deployment(
-                Answers,
-                # As many as there are nodes; a third if each has more to do than rows.
-                autoscaling_config={
-                    "min_replicas": 2,
-                    "max_replicas": 3,
-                    "target_ongoing_requests": 8,
-                },
-                max_ongoing_requests=16,
-                max_replicas_per_node=1,
-                ray_actor_options={"num_cpus": 1},
-                health_check_period_s=1,
-                health_check_timeout_s=5,
-            )
-            serve.run(deployed.bind())
+            serve.run(deployed())
             self._open = stack.pop_all()
         return self
 

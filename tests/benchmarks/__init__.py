@@ -17,6 +17,7 @@
     jobs           jobs a second on SQLite and Redis, and in a storm of kills
     cache          an exact cache, prefix routing, a semantic cache's false hits
     ray            the model on two nodes with Ray Serve, one of them killed (optional)
+    drill          faults on purpose: when somebody was due to hear, and did
     omission       what a closed loop does not see
     lessons        all six lessons, and what they leave behind
 

@@ -30,6 +30,7 @@ from local_cloud.monitoring.ground import (
     Ground,
     short_request,
 )
+from local_cloud.monitoring.rule_groups import MEMORY_BYTES
 from local_cloud.monitoring.scrape import scrape
 from tests.benchmarks import AFTER_LESSONS
 
@@ -110,7 +111,7 @@ def first_faults(ground: Ground, prompts: Prompts, history_s: float) -> list[Any
     server = ground.servers["api-2"]
     used = scrape(server.url).total("process_resident_memory_bytes")
     leak = drill.leak_s(
-        used, LEAK_MIB_S * MIB, course.MEMORY_BYTES, 60 * minute, 240 * minute, wait_s
+        used, LEAK_MIB_S * MIB, MEMORY_BYTES, 60 * minute, 240 * minute, wait_s
     )
     fault = drill.Fault
     return [

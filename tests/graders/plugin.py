@@ -32,10 +32,15 @@ from typing import Any, NoReturn
 
 import pytest
 
-from exercises import doctor
+from exercises import doctor, runner
 
 LOAD_S = 5.0  # importing a submission
+AGAIN_S = 10.0
 CHECK_S = 5.0  # one check, unless it says otherwise
+UNJUDGED = (
+    "called the checks on what your functions gave, expected values of the kinds that "
+    "the docstring names because the checks compute with them"
+)
 PRINTED = 2000  # characters of a submission's output that are kept
 
 _SHORT = reprlib.Repr()
@@ -77,8 +82,9 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise TimeLimit
 
     before = signal.signal(signal.SIGALRM, ring)
-    # Again and again: a submission may catch the first one, and loop on.
-    outer = signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
+    # And again, as a submission may catch it and loop on; but not while what was
+    # started is being ended.
+    outer = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
     try:
         yield
     finally:
@@ -177,7 +183,7 @@ class Submission:
             raise Failed(
                 f"called {name}, expected a function because the exercise names it, "
                 f"got {'none' if found is None else short(found)}. `python -m "
-                f"exercises reset` brings the starter back"
+                f"exercises reset N` brings the starter back"
             )
         return found
 
@@ -276,6 +282,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "points(n, hint, needs, slow, limit_s): worth")
     config.stash[SUBMISSION] = Submission(config.getoption("submission"))
+    # The runner says SIGTERM: as after Ctrl-C, fixtures shall end what they started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 SUBMISSION = pytest.StashKey[Submission]()
@@ -352,6 +360,12 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.hookimpl(trylast=True)  # when all that fixtures started has ended
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.testscollected:
+        _write(session.config, runner.FINISHED)
+
+
 def _message(error: BaseException) -> str:
     if isinstance(error, Failed):
         return str(error)
@@ -359,4 +373,4 @@ def _message(error: BaseException) -> str:
         return error.msg or "skipped"
     if isinstance(error, TimeLimit):
         return "the check took longer than it may, outside of your functions"
-    return f"the grader itself failed, tell whoever teaches: {error!r}"
+    return f"{UNJUDGED}, got {error!r}"
