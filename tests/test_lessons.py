@@ -49,6 +49,12 @@ GUIDE = {
         "Queue-based architectures for peak handling",
         "Caching strategies for repeated requests",
     ],
+    "monitoring_setup": [
+        "Performance metrics collection",
+        "Logging and tracing systems",
+        "Alerting and notification systems",
+        "Dashboards for visibility",
+    ],
 }
 HEAVY = {"onnxruntime", "tokenizers", "httpx", "rich", "matplotlib", "docker"}
 NEEDS = {"fireworks_deployment": {"httpx", "rich"}}  # the SDK imports them
@@ -119,6 +125,7 @@ def test_importing_does_nothing(name: str):
         "serverless_deployment",
         "fireworks_deployment",
         "scaling_strategies",
+        "monitoring_setup",
     ],
 )
 def test_the_lesson_runs_as_a_newcomer_would_run_it(name: str, tmp_path: Path):

@@ -110,35 +110,33 @@ def kill_a_node(trial: Trial | None = None) -> Killed:
     argv.append(json.dumps(asdict(trial or Trial())))
     # A short path: the names of Ray's sockets below it have room for 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
-        given = {**os.environ, **SETTINGS, "RAY_TMPDIR": folder}
+        child = subprocess.Popen(
+            argv,
+            cwd=ROOT,
+            env={**os.environ, **SETTINGS, "RAY_TMPDIR": folder},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                argv,
-                cwd=ROOT,
-                env=given,
-                capture_output=True,
-                text=True,
-                timeout=DEADLINE_S,
-                check=False,
-            )
+            told, words = child.communicate(timeout=DEADLINE_S)
         finally:
-            kill_all_with(f"RAY_TMPDIR={folder}")
-    if done.returncode:
-        raise RuntimeError(f"Expected a trial with Ray, found:\n{done.stderr[-2000:]}")
-    return Killed(**json.loads(done.stdout.splitlines()[-1]))
+            kill_session(child.pid)
+            child.wait()
+    if child.returncode:
+        raise RuntimeError(f"Expected a trial with Ray, found:\n{words[-2000:]}")
+    return Killed(**json.loads(told.splitlines()[-1]))
 
 
-def kill_all_with(variable: str) -> None:
-    """End what a trial that ended early has left: whoever inherited its environment."""
-    found = True
-    while found:  # they start each other
-        found = False
-        for path in Path("/proc").glob("[0-9]*/environ"):
+def kill_session(leader: int) -> None:
+    """End what a trial that ended early has left: all who share its session."""
+    for _ in range(3):  # they start each other
+        for path in Path("/proc").glob("[0-9]*"):
             try:
-                if variable.encode() in path.read_bytes().split(b"\0"):
-                    found = True
-                    os.kill(int(path.parent.name), signal.SIGKILL)
-            except OSError:  # another's, or it ended meanwhile
+                if os.getsid(int(path.name)) == leader:
+                    os.kill(int(path.name), signal.SIGKILL)
+            except ProcessLookupError:  # it ended meanwhile
                 continue
 
 

@@ -205,6 +205,8 @@ def whole_drill(run: lesson.Run) -> None:
             outcomes += drill.run(ground, [fault], time.monotonic() - begun)
             ground.servers["api-2"].restore()
         clean = drill.pages(ground.notifications, "clean")
+        untouched = ground.edges["clean"]
+        counted = scrape(untouched.url).total(course.HTTP)
     by = type(ground.watch).__name__
     run.table(drill.table(outcomes, f"The drill at scale {SCALE:g}, watched by {by}"))
     limit = course.FAST_BURN
@@ -212,6 +214,9 @@ def whole_drill(run: lesson.Run) -> None:
         partial(drill.draw, curves=curves, outcomes=outcomes, limit=limit), "burn"
     )
     run.fact("pages for the job without a fault, in the whole drill", len(clean))
+    # A machine that is too busy, or stopped for others, fails without being asked to.
+    bad = 1 - untouched.answered / counted
+    run.fact("of its requests, answered badly or too late", 100 * bad, "%")
     good = sum(one.good for one in outcomes)
     run.conclude(
         f"{good} of {len(outcomes)} went as promised (bar: all), with {len(false)} "
