@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -330,6 +331,36 @@ def test_a_dead_receiver_is_told_when_it_is_back_and_delays_no_other():
     assert told == [("firing", "High"), ("resolved", "High")]
     assert [one.status for one in mailbox.notifications][:1] == ["firing"]
     assert alive.notifications[0].job == "api"
+
+
+def test_a_receiver_that_talks_nonsense_ends_nothing():
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener, Page("x 9\n") as page:
+        listener.settimeout(0.2)
+
+        def answer() -> None:
+            while not over.is_set():
+                try:
+                    connection, _ = listener.accept()
+                except TimeoutError:
+                    continue
+                with connection:
+                    connection.recv(65_536)
+                    connection.sendall(b"220 this is no web server\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        hook: Any = SimpleNamespace(config=lambda: {"webhook_configs": [{"url": url}]})
+        rules = group(rule("High", "x > 5", "page"))
+        try:
+            with Evaluator(rules, {"api": page.address}, [hook]) as evaluator:
+                failed = evaluator.outboxes[0]
+                wait_until(lambda: failed.failures > 1, 20, "attempts")
+                assert evaluator.alerts()[0]["state"] == "firing"
+        finally:
+            over.set()
+            thread.join()
 
 
 def test_a_receiver_that_is_dead_for_long_costs_no_memory():

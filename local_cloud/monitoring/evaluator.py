@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from http.client import HTTPException
 from typing import Any, Self, TypeVar
 
 from course.process import wait_until
@@ -27,7 +28,7 @@ from local_cloud.monitoring.notify import Outbox, outboxes, payload, utc
 from local_cloud.monitoring.objectives import INTERVAL_S
 from local_cloud.monitoring.promql import Query
 from local_cloud.monitoring.samples import Labels, Samples, Target
-from local_cloud.monitoring.stack import BEAT_S, WATCHDOG, Group, Receiver
+from local_cloud.monitoring.stack import BEAT_S, WATCHDOG, Group, Receiver, StackError
 
 KEEP_S = 900.0  # of samples at least, for pictures
 MOST_BYTES = 8 << 20  # of one scrape
@@ -59,12 +60,10 @@ class Evaluator:
         self.rules = Rules(groups)
         self.samples = Samples(max(KEEP_S, self.rules.reach_s + 2 * self.interval_s))
         self.outboxes = outboxes(receivers)
-        self._targets = {
-            address: Target(
-                self.samples, {"job": job, "instance": address}, self.rules.names
-            )
+        self._targets = [
+            Target(self.samples, {"job": job, "instance": address}, self.rules.names)
             for job, address in targets.items()
-        }
+        ]
         self._told: dict[Labels, Alert] = {}
         self._beat_at = -math.inf
         self._started = time.time() - time.monotonic()
@@ -82,7 +81,8 @@ class Evaluator:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._over.set)
+        with suppress(RuntimeError):  # it has ended by itself, and has said why
+            self._loop.call_soon_threadsafe(self._over.set)
         self._thread.join()
 
     def await_scraped(self, deadline_s: float = 20.0) -> None:
@@ -118,6 +118,11 @@ class Evaluator:
 
     def _ask(self, what: Callable[[], T]) -> T:
         """Runs in the loop's thread, where nobody else is at the samples."""
+        if not self._thread.is_alive():
+            raise StackError(
+                "Expected the evaluator to run, found that it ended: nothing is watched. "
+                "Leave the block and start anew."
+            )
 
         async def answer() -> T:
             return what()
@@ -133,7 +138,7 @@ class Evaluator:
             httpx.AsyncClient(trust_env=False, timeout=60) as self._client,
             asyncio.TaskGroup() as group,
         ):
-            work = [self._every(0, self._scrape, address) for address in self._targets]
+            work = [self._every(0, self._scrape, target) for target in self._targets]
             work += [self._every(half, self._evaluate)]
             work += [self._notify(outbox) for outbox in self.outboxes]
             tasks = [group.create_task(one) for one in work]
@@ -153,14 +158,14 @@ class Evaluator:
             behind = (self.now() - due) / self.interval_s
             due += self.interval_s * max(1, math.ceil(behind))
 
-    async def _scrape(self, at: float, address: str) -> None:
+    async def _scrape(self, at: float, target: Target) -> None:
         import httpx
 
         text = None  # the target is down, and `up` says so
         with suppress(httpx.HTTPError, TimeoutError, ValueError):
             async with asyncio.timeout(min(10.0, self.interval_s)):
-                text = await self._get(f"http://{address}/metrics")
-        self._targets[address].take(at, text)
+                text = await self._get(f"http://{target.labels['instance']}/metrics")
+        target.take(at, text)
 
     async def _get(self, url: str) -> str:
         body = bytearray()
@@ -216,7 +221,7 @@ class Evaluator:
             first = outbox.waiting[0]
             try:
                 await asyncio.to_thread(outbox.deliver, first)
-            except OSError as error:  # SMTP's errors are among them
+            except (OSError, HTTPException) as error:  # SMTP's are OSErrors
                 outbox.failures += 1
                 outbox.last_error = f"{type(error).__name__}: {error}"
                 await asyncio.sleep(pause_s)

@@ -19,6 +19,8 @@
     ray            the model on two nodes with Ray Serve, one of them killed (optional)
     drill          faults on purpose: when somebody was due to hear, and did
     omission       what a closed loop does not see
+    telemetry      what metrics, logs and traces cost a request
+    drill          faults injected: when the alarm was due, and when it came
     lessons        all six lessons, and what they leave behind
 
 Each prints its tables and ends with 0, whatever the figures are: a figure is no test.
