@@ -93,6 +93,8 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         lifespan=service.lifespan,
+        # FastAPI's own would export what callers sent, with every validation error.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.service = service
     app.router.route_class = KeyedRoute

@@ -71,6 +71,13 @@ EXERCISES = (
         minutes=60,
         before="model_api.py, section 2; scaling_strategies.py, section 2",
     ),
+    Exercise(
+        5,
+        "ex5_autoscaler",
+        "An autoscaler that keeps its promise for less",
+        minutes=90,
+        before="scaling_strategies.py, section 1",
+    ),
 )
 
 

@@ -9,6 +9,7 @@ so many at once, so many seconds each, first come, first served.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,6 +133,8 @@ def replay(
     def until(now: float) -> None:
         """Let all end that ends by `now`; where all wait, the boot that they wait for."""
         while at_work or waiting:
+            if not at_work and not deployment.replicas:  # none is allowed
+                return
             end = at_work[0][0] if at_work else _serves_s(deployment, 0)
             if end > now:
                 return
@@ -151,6 +154,7 @@ def replay(
         waiting.append(now)
         begin(now)
     until(2 * DAY_S)
+    told.latencies_s += [math.inf] * len(waiting)
     deployment.settle(DAY_S)
     told.usd = deployment.gpu_seconds / 3600 * replica.usd_per_hour
     return told

@@ -23,6 +23,8 @@ from local_cloud.scaling.simulator import Fleet, Trace, simulate
 from local_cloud.scaling.traffic import Floats
 from scaling_strategies import HPA
 
+SECONDS = 1800.0  # that every shape lasts
+
 
 @dataclass(frozen=True)
 class Service:
@@ -42,15 +44,13 @@ class Shape:
 
     rate: Callable[[Floats], Floats]
     peak: float
-    seconds: float = 1800.0
 
 
-def steady(rate: float, seconds: float = 1800.0) -> Shape:
-    return Shape(lambda times: np.full_like(times, rate), rate, seconds)
+def ramp(first: float, last: float, from_s: float, to_s: float) -> Shape:
+    def rate(times: Floats) -> Floats:
+        return np.interp(times, [from_s, to_s], [first, last])
 
-
-def ramp(low: float, high: float, from_s: float, to_s: float) -> Shape:
-    return Shape(lambda times: np.interp(times, [from_s, to_s], [low, high]), high)
+    return Shape(rate, max(first, last))
 
 
 def sine(low: float, high: float, period_s: float) -> Shape:
@@ -83,7 +83,7 @@ KNOWN = {"ramp": ramp(2, 18, 200, 1400), "sine": sine(2, 20, 1200)}
 def drawn(shape: Shape, service: Service, seed: int) -> tuple[Floats, Floats]:
     """Arrivals of a shape, and how long each request takes a replica."""
     rng = np.random.default_rng(seed)
-    arrivals = traffic.varying(rng, shape.rate, shape.peak, shape.seconds)
+    arrivals = traffic.varying(rng, shape.rate, shape.peak, SECONDS)
     return arrivals, traffic.exponential(rng, service.service_s, len(arrivals))
 
 

@@ -12,6 +12,7 @@ from serving.settings import Settings
 from tests.api_fixtures import KEY, KEYS, NAME, app, served
 
 EVERYTHING = f"{KEY}-and-all"  # a key that opens every scope
+SLOWEST_S = 60.0  # many labels for many texts, on a busy machine
 ALL_KEYS = f"{KEYS},{EVERYTHING}:inference+admin"
 
 # The key is schemathesis' to give or to leave out: it also tries without.
@@ -49,4 +50,8 @@ def test_the_document_tells_the_truth(case, address):
         body.setdefault("max_tokens", 4)
     # Left out: what JSON schema cannot say (fields that exclude each other, a prompt's
     # length in tokens) makes some requests wrong that the document calls right.
-    case.call_and_validate(base_url=address, excluded_checks=[positive_data_acceptance])
+    case.call_and_validate(
+        base_url=address,
+        excluded_checks=[positive_data_acceptance],
+        timeout=SLOWEST_S,
+    )

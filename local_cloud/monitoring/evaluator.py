@@ -120,8 +120,8 @@ class Evaluator:
         """Runs in the loop's thread, where nobody else is at the samples."""
         if not self._thread.is_alive():
             raise StackError(
-                "Expected the evaluator to run, found that it ended: nothing is watched. "
-                "Leave the block and start anew."
+                "Expected the evaluator to run, found that it ended: nothing is "
+                "watched. Leave the block and start anew."
             )
 
         async def answer() -> T:

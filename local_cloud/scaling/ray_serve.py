@@ -108,9 +108,11 @@ def kill_a_node(trial: Trial | None = None) -> Killed:
         raise NoRay(f"Expected Ray Serve, found none. {INSTALL}")
     argv = [sys.executable, "-m", "local_cloud.scaling.ray_serve"]
     argv.append(json.dumps(asdict(trial or Trial())))
-    # A short path: the names of Ray's sockets below it have room for 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
-        child = subprocess.Popen(
+    with ExitStack() as stack:
+        # A short path: the names of Ray's sockets below it have room for 107 bytes.
+        short = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp")
+        folder = stack.enter_context(short)
+        running = subprocess.Popen(
             argv,
             cwd=ROOT,
             env={**os.environ, **SETTINGS, "RAY_TMPDIR": folder},
@@ -119,11 +121,9 @@ def kill_a_node(trial: Trial | None = None) -> Killed:
             text=True,
             start_new_session=True,
         )
-        try:
-            told, words = child.communicate(timeout=DEADLINE_S)
-        finally:
-            kill_session(child.pid)
-            child.wait()
+        child = stack.enter_context(running)
+        stack.callback(kill_session, child.pid)
+        told, words = child.communicate(timeout=DEADLINE_S)
     if child.returncode:
         raise RuntimeError(f"Expected a trial with Ray, found:\n{words[-2000:]}")
     return Killed(**json.loads(told.splitlines()[-1]))
