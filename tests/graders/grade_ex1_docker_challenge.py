@@ -295,7 +295,11 @@ class Built:
 def built(
     submission: Submission, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Built]:
-    """Builds the image in a folder that holds what the ignore file lets in."""
+    """Builds the image in a folder that holds what the ignore file lets in.
+
+    It stays, as the lessons' images do, until `python docker_deployment.py --clean`:
+    so the next check has nothing to build but what was changed.
+    """
     call, _ = parsed(submission)
     ignore, entered = let_in(submission, ROOT)
     digest = hashlib.sha256(f"{call.value}\0{ignore.value}".encode()).hexdigest()
@@ -309,8 +313,6 @@ def built(
             yield Built(docker, tag, call)
         except EngineError as error:
             yield Built(docker, tag, call, str(error))
-        finally:
-            docker.untag(tag)
 
 
 def gather(ignore: Call, names: set[str], folder: Path) -> None:

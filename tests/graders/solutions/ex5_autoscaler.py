@@ -38,7 +38,7 @@ def capacity(replicas: int, service_s: float, wait_s: float) -> float:
     Arrivals are Poisson, services exponential with a mean of `service_s`; there is one
     queue for all replicas (M/M/c).
 
-    Checked: the largest such rate, within 0.1 %, for small and large fleets and for
+    Checked: the largest such rate, within 1 %, for small and large fleets and for
     `wait_s` 0 (then 5 % may wait at all). ValueError for no replica, and for a
     service or a wait that no clock can measure.
     """
@@ -127,8 +127,7 @@ class Forecast:
         self.service = service
         wait_s = service.promise_s / 5
         self.rates = [
-            holds(n, service.service_s, wait_s)
-            for n in range(1, service.maximum + 1)
+            holds(n, service.service_s, wait_s) for n in range(1, service.maximum + 1)
         ]
         self.reset()
 

@@ -12,6 +12,6 @@ FAILS = {
 
 def dockerfile():
     heavy = "RUN gcc --version; head -c 80000000 /dev/zero > /cache\n"
-    text = DOCKERFILE.replace("FROM base AS edge\n", f"FROM base AS edge\n{heavy}")
+    text = DOCKERFILE.replace("USER 20001", f"{heavy}USER 20001")
     probe = '["python", "-I", "-S", "/app/healthcheck.py"]'
     return text.replace(probe, '["python", "-c", "pass"]')
