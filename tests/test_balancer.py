@@ -282,12 +282,17 @@ def test_slots_make_one_line_in_the_balancer(kind: str, shared: dict[str, int]) 
     with made(kind, "queue", slots=1) as balancer:
         enter(balancer, shared)
         lines: list[int] = []
-        look = later(0.15, lambda: lines.append(balancer.stats().queue))
+
+        def line() -> bool:
+            lines.append(balancer.stats().queue)
+            return lines[-1] > 2
+
+        look = later(0, lambda: process.wait_until(line, 5, "a line", every_s=0.01))
         outcomes = many(balancer, 200, 0.1, service_ms=100)
         look.join()
         top = max(one.in_flight for one in balancer.stats().members)
     assert all(outcome.ok for outcome in outcomes)
-    assert lines[0] > 2
+    assert lines[-1] > 2
     assert top <= 1
 
 
