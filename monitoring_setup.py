@@ -57,7 +57,7 @@ from local_cloud.monitoring import (
 )
 from local_cloud.monitoring.drift import WINDOW
 from local_cloud.monitoring.energy import Interval
-from local_cloud.monitoring.ground import RATE, Ground
+from local_cloud.monitoring.ground import Ground
 from local_cloud.monitoring.light_load import CODE, ENGLISH, Seen, load
 from local_cloud.monitoring.live import served
 from local_cloud.monitoring.objectives import (
@@ -493,7 +493,7 @@ def demo_alerts(run: Run) -> None:
         faults = [
             drill.errors(ground, "errors", 1.0, predict_s),
             drill.freeze(ground, "stopped", predict_s),
-            drill.errors(ground, "blip", 1.0, predict_s, lasts_s=1 / RATE),
+            drill.blip(ground, "blip", 1, predict_s),
         ]
         told = drill.run(ground, faults, DEMO_HISTORY_S)
         ratio = f'{ratio_name(6 * HOUR_S)}{{slo="{SLOS[0].name}"}}'
@@ -501,7 +501,7 @@ def demo_alerts(run: Run) -> None:
     by = type(ground.watch).__name__
     run.table(drill.table(told, f"The drill at scale {DEMO_SCALE:g}, by {by}"))
     run.picture(partial(drill.draw, curves=curves, outcomes=told, limit=6), "drill")
-    apart = [f"{one.late_s:+.1f} s" for one in told if one.late_s is not None]
+    apart = [f"{one.late_s:+.1f} s" for one in told if one.late_s and one.fault.barred]
     run.conclude(
         f"Of {len(told)} faults {sum(one.good for one in told)} went as promised; "
         f"alerts came {' and '.join(apart) or 'never, not'} beside their predictions."

@@ -144,7 +144,7 @@ def report(exercise: Exercise, graded: Graded) -> None:
     show.console().print()
     open_points = sum(each.points for each in graded.unchecked)
     text = f"{graded.score} of {graded.points} points"
-    text += f", {open_points} could not be checked here" if open_points else ""
+    text += f", {open_points} left open" if open_points else ""
     show.labelled("score", text, "bold green" if graded.full else "bold yellow")
     if not graded.failed:
         _finish(exercise, graded)

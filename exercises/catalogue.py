@@ -72,11 +72,25 @@ EXERCISES = (
         before="model_api.py, section 2; scaling_strategies.py, section 2",
     ),
     Exercise(
+        4,
+        "ex4_fireworks_function",
+        "A function that keeps the books, and its bill",
+        minutes=60,
+        before="fireworks_deployment.py, sections 2 and 3",
+    ),
+    Exercise(
         5,
         "ex5_autoscaler",
         "An autoscaler that keeps its promise for less",
         minutes=90,
         before="scaling_strategies.py, section 1",
+    ),
+    Exercise(
+        6,
+        "ex6_slo_alerts",
+        "Alerts that wake somebody for the right reason",
+        minutes=90,
+        before="monitoring_setup.py, section 3",
     ),
 )
 

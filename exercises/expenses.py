@@ -59,7 +59,11 @@ def asking() -> Iterator[tuple[Callable[[str, Mapping[str, Any]], Reply], Served
     with trials.cloud("cpu") as cloud, stand_in(cloud.url) as client:
 
         def ask(model: str, request: Mapping[str, Any]) -> Reply:
-            return _local(cloud, request) if model == FALLBACK else _sent(client, model, request)
+            return (
+                _local(cloud, request)
+                if model == FALLBACK
+                else _sent(client, model, request)
+            )
 
         yield ask, cloud
 
@@ -125,13 +129,15 @@ def replay(
 
     def begin(now: float) -> None:
         """Put waiting notes into free slots."""
-        serving = sum(_serves_s(deployment, i) <= now for i in range(len(deployment.replicas)))
+        serving = sum(
+            _serves_s(deployment, i) <= now for i in range(len(deployment.replicas))
+        )
         told.most_replicas = max(told.most_replicas, serving)
         for _ in range(min(serving * replica.slots - len(at_work), len(waiting))):
             at_work.append((now + replica.answer_s, waiting.popleft()))
 
     def until(now: float) -> None:
-        """Let all end that ends by `now`; where all wait, the boot that they wait for."""
+        """Let all end that does by `now`; where all wait, the boot they wait for."""
         while at_work or waiting:
             if not at_work and not deployment.replicas:  # none is allowed
                 return

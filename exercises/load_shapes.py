@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
@@ -119,7 +120,7 @@ def turns(trace: Trace) -> int:
     """How often a fleet that grew began to shrink, or the other way round."""
     moves = [tick.desired - tick.load.replicas for tick in trace.ticks]
     moves = [move for move in moves if move]
-    return sum(a * b < 0 for a, b in zip(moves, moves[1:], strict=False))
+    return sum(a * b < 0 for a, b in pairwise(moves))
 
 
 def compared(policy: Autoscaler, seed: int = 1) -> Table:

@@ -52,7 +52,7 @@ def outcomes() -> SimpleNamespace:
         time.sleep(HISTORY_S)
         faults = [
             drill.errors(ground, "errors", 1.0, due_s),
-            drill.errors(ground, "blip", 1.0, due_s, lasts_s=0.2),
+            drill.blip(ground, "blip", 1, due_s),
         ]
         told = drill.run(ground, faults, HISTORY_S)
         ratio = monitoring_setup.ratio_name(6 * 3600) + '{slo="availability"}'

@@ -97,6 +97,12 @@ def test_a_share_of_errors_is_exact(edge: Edge, http, share: float):
     assert http.post(edge.url + COMPLETIONS, json=SHORT).status_code == 200
 
 
+def test_so_many_errors_and_no_more(edge: Edge, http):
+    edge.inject(errors=1.0, most=2)
+    told = [http.post(edge.url + COMPLETIONS, json=SHORT) for _ in range(4)]
+    assert [answer.status_code for answer in told] == [500, 500, 200, 200]
+
+
 def test_a_tenth_is_a_tenth_however_long_it_goes_on():
     share = Share(0.1)
     assert sum(share.hit() for _ in range(100_000)) == 10_000

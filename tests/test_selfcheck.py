@@ -33,7 +33,7 @@ BROKEN = {
         "    except BaseException:\n        pass\n"
     ),
 }
-STUBBORN_S = 8.0  # given to the last one, which only being killed can end
+STUBBORN_S = 7.0  # given to the last one, which only being killed can end
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -139,21 +139,32 @@ def errors(
     job: str,
     share: float,
     predict: Callable[[float], float],
-    lasts_s: float | None = None,
 ) -> Fault:
     """A share of all requests through an edge is answered 500."""
     edge = ground.edges[job]
-    name = f"errors, {share:.0%}" + (f", for {lasts_s:.1f} s" if lasts_s else "")
     return Fault(
-        name,
+        f"errors, {share:.0%}",
         job,
         "AvailabilityBurn",
         predict,
         partial(edge.inject, errors=share),
         edge.clear,
-        lasts_s=lasts_s,
-        barred=lasts_s is None,
+        barred=True,
         struck=lambda: edge.injected,
+    )
+
+
+def blip(
+    ground: Ground, job: str, requests: int, predict: Callable[[float], float]
+) -> Fault:
+    """So many requests in a row are answered 500, and then no more."""
+    whole = errors(ground, job, 1.0, predict)
+    return replace(
+        whole,
+        name=f"errors, {requests} in a row",
+        start=partial(ground.edges[job].inject, errors=1.0, most=requests),
+        lasts_s=(requests + 1) / ground.rate,
+        barred=False,
     )
 
 

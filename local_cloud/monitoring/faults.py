@@ -13,6 +13,7 @@ what is injected says so: a header `x-fault-injected` and a counter by kind.
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import threading
 import time
@@ -45,6 +46,7 @@ class Faults:
     errors: float = 0.0  # answered 500 by the edge
     hangs: float = 0.0  # not answered until the edge gives up
     delay_s: float = 0.0  # added to every answer
+    most: float = math.inf  # errors, then no more
 
     def __post_init__(self) -> None:
         shares = self.errors >= 0 and self.hangs >= 0 and self.errors + self.hangs <= 1
@@ -58,14 +60,15 @@ class Faults:
 class Share:
     """Picks a share of all requests evenly, not by lot: half is every second one."""
 
-    def __init__(self, share: float) -> None:
-        self.share, self.owed = share, 0.0
+    def __init__(self, share: float, most: float = math.inf) -> None:
+        self.share, self.left, self.owed = share, most, 0.0
 
     def hit(self) -> bool:
         self.owed += self.share
-        if self.owed < 1 - 1e-9:
+        if self.owed < 1 - 1e-9 or self.left < 1:
             return False
         self.owed -= 1
+        self.left -= 1
         return True
 
 
@@ -146,7 +149,7 @@ class Edge:
     def inject(self, **faults: float) -> None:
         """From now on: `errors=0.5`, `hangs=0.1`, `delay_s=1.5`; replaces the last."""
         wanted = Faults(**faults)
-        plan = wanted, Share(wanted.errors), Share(wanted.hangs)
+        plan = wanted, Share(wanted.errors, wanted.most), Share(wanted.hangs)
         self._plan = plan  # at once: a request sees the old plan or the new one
 
     def clear(self) -> None:

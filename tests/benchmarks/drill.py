@@ -108,6 +108,7 @@ def first_faults(ground: Ground, prompts: Prompts, history_s: float) -> list[Any
     minute = course.MINUTE_S / SCALE
     wait_s = 10 * minute  # as the rules for causes have it
     edge = ground.edges["latency"]
+    third_s = due_s(0, 1.0)(history_s) / 3  # of the time until such errors page
     server = ground.servers["api-2"]
     used = scrape(server.url).total("process_resident_memory_bytes")
     leak = drill.leak_s(
@@ -119,9 +120,7 @@ def first_faults(ground: Ground, prompts: Prompts, history_s: float) -> list[Any
             drill.errors(ground, j, share, due_s(0, share))
             for j, share in SHARES.items()
         ),
-        drill.errors(
-            ground, "blip", 1.0, due_s(0, 1), lasts_s=due_s(0, 1)(history_s) / 3
-        ),
+        drill.blip(ground, "blip", max(1, int(RATE * third_s)), due_s(0, 1.0)),
         fault(
             f"answers {DELAY_S:g} s late",
             "latency",
@@ -144,7 +143,7 @@ def first_faults(ground: Ground, prompts: Prompts, history_s: float) -> list[Any
             "longer prompts (drift)",
             DRIFT_JOB,
             "InputDrift",
-            lambda _: prompts.drift_s(0.25, wait_s),
+            lambda _: prompts.drift_s(prompts.watch.limit, wait_s),
             lambda: setattr(prompts, "long", True),
             lambda: setattr(prompts, "long", False),
             severity="ticket",

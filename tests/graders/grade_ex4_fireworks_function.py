@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,7 @@ def check_request_is_taken(submission: Submission) -> None:
     found.must(right and messages, expected, "a chat is made of them", got=messages)
 
 
-def allows(schema: dict[str, Any], value: object) -> bool:
+def allows(schema: dict[str, Any], value: Any) -> bool:
     return jsonschema.Draft202012Validator(schema).is_valid(value)
 
 
@@ -127,13 +127,12 @@ def check_request_begins_alike(submission: Submission) -> None:
 
 
 @pytest.fixture(scope="session")
-def cloud():
-    """The stand-in with the model, asked by the real SDK."""
+def cloud(submission: Submission) -> Iterator[Any]:
+    """The stand-in with the model, asked by the real SDK; not for what is not there."""
+    submission.call("request", NOTE)
+    submission.function("entry")
     with asking() as asked:
         yield asked
-
-
-NOTES = (NOTE, OTHER_NOTE, NO_AMOUNT, "Sandwiches 7.20 and 31.00 for the board")
 
 
 @points(
@@ -146,7 +145,7 @@ NOTES = (NOTE, OTHER_NOTE, NO_AMOUNT, "Sandwiches 7.20 and 31.00 for the board")
 def check_answers_are_whole(submission: Submission, cloud: Any) -> None:
     """On the stand-in each answer is whole and an entry."""
     ask, _ = cloud
-    for note in NOTES:
+    for note in (NOTE, NO_AMOUNT):
         found = submission.call("request", note)
         reply = ask(MODEL, found.value)
         because = "cut at max_tokens, JSON is no JSON"
@@ -352,13 +351,12 @@ def check_survives_a_bad_day(submission: Submission, cloud: Any) -> None:
 
     ask, served = cloud
     days = {
-        "429 twice": (Fault("rate_limit", seconds=2, times=2), 1),
-        "503 three times": (Fault("cold", times=3), 1),
-        "an answer that is cut": (Fault("cut"), 1),
-        "429 without end": (Fault("rate_limit", seconds=5, times=None), 0),
+        "429 twice": Fault("rate_limit", seconds=2, times=2),
+        "503 three times": Fault("cold", times=3),
+        "an answer that is cut": Fault("cut"),
     }
     function = submission.function("entry")
-    for what, (fault, generated) in days.items():
+    for what, fault in days.items():
         before = served.state.generations
         served.state.faults.order(fault)
         text = f"entry({NOTE!r}, ...) on the stand-in, which gives {what}"
@@ -369,29 +367,28 @@ def check_survives_a_bad_day(submission: Submission, cloud: Any) -> None:
             served.state.faults.clear()
         made = served.state.generations - before
         because = "the service counts, and bills, what it generates"
-        expected = f"{generated} generated"
-        found.must(made == generated, expected, because, got=f"{made} generated")
+        found.must(made == 1, "1 generated", because, got=f"{made} generated")
         value = found.value
-        right = value is None or (set(value) == FIELDS and value["amount"] in NOTE)
-        found.must(right, "an entry, or None", "whoever answered, it is checked")
-        if what.endswith("times") or what.endswith("twice"):
-            because = "MODEL answered well in the end"
-            found.must(value is not None, "an entry", because)
+        because = "whoever answered, it is checked; and MODEL answers well"
+        right = value is None if fault.kind == "cut" else value is not None
+        right = right or (value is not None and value["amount"] in NOTE)
+        found.must(right, "an entry, or None after a cut", because)
 
 
 # -- 2a, by replay
 
 REPLICA = Replica(slots=8, answer_s=2.0, usd_per_hour=8.0)
 SOON_S, SHARE = 10.0, 0.97
-LESSON_USD = 255.0
+LESSON_USD = 245.0  # ours: 233
+SLOW, OTHER_USD = Replica(slots=8, answer_s=4.0, usd_per_hour=5.0), 111.0  # 105
+OFFICE_USD = 109.0  # 99
 
 
 def other_day() -> list[Hour]:
-    """Another seed, and another peak: half as high, at nine instead of twelve."""
-    day = traffic.generate(seed=70_423)
-    day[12] = Hour(9_000, 2_700)
-    day[9] = Hour(40_000, 12_000)
-    return day
+    """Another seed, a fourth as many; and another peak, at nine instead of twelve."""
+    calls = [hour.calls // 4 for hour in traffic.generate(seed=70_423)]
+    calls[12], calls[9] = 2_250, 10_000
+    return [Hour(n, n // 3) for n in calls]
 
 
 def office_day() -> list[Hour]:
@@ -418,15 +415,21 @@ class Day:
         self.call.must(self.told.usd <= most, expected, because, got=got)
 
 
-def replayed(submission: Submission, day: list[Hour], what: str, seed: int) -> Day:
+def replayed(
+    submission: Submission,
+    day: list[Hour],
+    what: str,
+    replica: Replica = REPLICA,
+    seed: int = 3,
+) -> Day:
     from local_cloud.fireworks.wire import Refusal
 
-    found = submission.call("policy", day, REPLICA)
+    found = submission.call("policy", day, replica)
     arguments = found.value
     found.must(isinstance(arguments, dict), "a dict", "create takes it as arguments")
     found = Call(f"policy(<{what}>, ...), which gave {arguments}", arguments)
     try:
-        return Day(found, replay(traffic.arrivals(day, seed), arguments, REPLICA))
+        return Day(found, replay(traffic.arrivals(day, seed), arguments, replica))
     except (Refusal, KeyError, TypeError) as error:
         raise Failed(
             f"called {found.text}, expected arguments that are taken because the "
@@ -436,7 +439,7 @@ def replayed(submission: Submission, day: list[Hour], what: str, seed: int) -> D
 
 @pytest.fixture(scope="session")
 def lesson_day(submission: Submission) -> Day:
-    return replayed(submission, traffic.read(), "the lesson's day", traffic.SEED)
+    return replayed(submission, traffic.read(), "the lesson's day", seed=traffic.SEED)
 
 
 @points(
@@ -452,14 +455,14 @@ def check_the_lessons_day_is_soon(lesson_day: Day) -> None:
 
 @points(1, hint="Who is paid at three in the morning?", slow=True, limit_s=40)
 def check_the_lessons_day_is_cheap(lesson_day: Day) -> None:
-    """The lesson's day: at most 255 dollars."""
+    """The lesson's day: at most 245 dollars."""
     lesson_day.costs(LESSON_USD)
 
 
 @points(2, hint="Compute from the day you are given.", slow=True, limit_s=40)
 def check_another_day_is_soon_and_cheap(submission: Submission) -> None:
-    """A day of another seed, with another peak at another hour: soon, and cheap."""
-    day = replayed(submission, other_day(), "another day", seed=3)
+    """Another day, another peak, on other replicas: soon, and cheap."""
+    day = replayed(submission, other_day(), "another day", SLOW)
     day.is_soon()
     day.costs(OTHER_USD)
 
@@ -472,12 +475,9 @@ def check_another_day_is_soon_and_cheap(submission: Submission) -> None:
 )
 def check_an_office_is_soon_and_cheap(submission: Submission) -> None:
     """A small office: awake while it works, asleep at night."""
-    day = replayed(submission, office_day(), "20 an hour from 7 to 19", seed=3)
+    day = replayed(submission, office_day(), "20 an hour from 7 to 19")
     day.is_soon()
     day.costs(OFFICE_USD)
-
-
-OTHER_USD, OFFICE_USD = 1.1 * 213.0, 1.1 * 101.0  # ours, and a tenth
 
 
 # -- 2b

@@ -30,7 +30,7 @@ HIDDEN: dict[str, tuple[Shape, Service]] = {
 }
 SHAPES = {name: (shape, SERVICE) for name, shape in KNOWN.items()} | HIDDEN
 SEED = 7
-OF_FIXED, OF_HPA, TURNS, BACK_S = 1.25, 0.9, 10, 180.0
+OF_FIXED, OF_HPA, TURNS, BACK_S = 1.25, 0.9, 12, 180.0
 LIMIT_S = 30.0
 
 
@@ -112,7 +112,7 @@ class Asked:
     def must_be_within(self, service: Service) -> None:
         low, high = service.minimum, service.maximum
         for load, answer in zip(self.loads, self.answers, strict=True):
-            whole = isinstance(answer, numbers.Integral) and low <= answer <= high
+            whole = isinstance(answer, numbers.Integral) and low <= int(answer) <= high
             call = Call(f"autoscaler({service}).desired({load})", answer)
             because = "the minimum is promised to the users, the maximum to who pays"
             call.must(whole, f"a whole number from {low} to {high}", because)
@@ -179,7 +179,7 @@ def check_stays_within_bounds(submission: Submission) -> None:
 
 @points(2, hint="NaN that was once added to a memory never leaves it again.")
 def check_survives_broken_readings(submission: Submission) -> None:
-    """No answer is out of bounds, and none is spoiled afterwards, by a broken reading."""
+    """A broken reading puts no answer out of bounds, and spoils none afterwards."""
     for broken in (
         Load(0.0, ready=8, metric=None, missing=8, concurrency=math.nan),
         Load(0.0, ready=0, starting=0, metric=None, queue=30, concurrency=20.0),

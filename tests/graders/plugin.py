@@ -173,7 +173,8 @@ class Submission:
         module.__file__ = str(self.path)
         sys.modules[module.__name__] = module
         assert self.source is not None
-        exec(compile(self.source, str(self.path), "exec"), module.__dict__)
+        code = compile(self.source, str(self.path), "exec", dont_inherit=True)
+        exec(code, module.__dict__)
         return module
 
     def function(self, name: str) -> Callable[..., Any]:

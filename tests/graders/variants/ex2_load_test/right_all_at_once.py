@@ -23,7 +23,7 @@ async def find_bottleneck(ask, routes):
     low, high = 15.0, 100.0
     for _ in range(3):
         middle = (low * high) ** 0.5
-        if await pain(route, middle) < 0.12:
+        if await pain(route, middle) < 0.07:
             low = middle
         else:
             high = middle

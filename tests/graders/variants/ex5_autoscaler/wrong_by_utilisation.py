@@ -14,7 +14,7 @@ class ByUse:
     def desired(self, load):
         busy = min(load.concurrency, load.ready) if load.metric is not None else 0
         fits = math.ceil(busy / 0.85) if math.isfinite(busy) else load.replicas
-        self.wanted = [*self.wanted[-71:], fits]
+        self.wanted = [*self.wanted[-47:], fits]
         fits = max(self.wanted)
         return max(self.service.minimum, min(fits, self.service.maximum))
 

@@ -1,4 +1,4 @@
-"""What the load asks for is what there should be; bounds are the platform's business."""
+"""What the load asks for is what there should be; bounds are not its business."""
 
 FAILS = {"stays_within_bounds", "survives_broken_readings"}
 

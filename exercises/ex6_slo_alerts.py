@@ -1,0 +1,150 @@
+"""Exercise 6: alerts that wake somebody for the right reason.
+
+Goal      Turn what was promised to the users of an API into data, the data into alert
+          rules, and say beforehand when they fire, what is left, and who is told.
+Why       An alert that cries wolf is switched off; one that can never fire looks like
+          peace. Both look alright in a review, and differ in effect alone.
+Points    25, of which 2 need promtool; without it they stay open
+Minutes   90
+Before    monitoring_setup.py, section 3; local_cloud/monitoring/objectives.py
+Check     python -m exercises check 6      (or at each save: watch 6)
+Try it    python -m exercises.ex6_slo_alerts
+
+The service is not the lesson's: it promises for four weeks, other shares of its budget
+matter, and at night hardly anybody is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from course.show import Table
+from local_cloud.monitoring.objectives import DAY_S, SLO
+
+HOUR_S = 3600.0
+PERIOD_S = 28 * DAY_S
+EDGES_S = (0.1, 0.25, 0.5, 1.0, 2.5)  # of the histogram gateway_seconds
+LEAST = 20  # requests; of fewer in the long window no share is worth waking for
+
+
+@dataclass(frozen=True)
+class Spend:
+    """Somebody is told when this share of the budget goes within this time."""
+
+    severity: str  # "page" wakes somebody, "ticket" waits for the morning
+    share: float
+    within_s: float  # the long window; the short one is a twelfth of it
+
+
+SPENDS = (
+    Spend("page", 0.05, HOUR_S),
+    Spend("page", 0.10, 6 * HOUR_S),
+    Spend("ticket", 0.10, DAY_S),
+)
+
+
+def objectives() -> Sequence[SLO]:
+    """The two promises of an embeddings API, for 28 days each.
+
+    `answers`: 99.5 % of requests to the route /v1/embeddings end without a fault of the
+    server. Any code from 500 to 599 is one; what the caller got wrong is none. Counted
+    by gateway_requests_total, with the labels route, code, method and instance.
+
+    `fast`: 98 % of requests to that route take half a second at most. Measured by the
+    histogram gateway_seconds, with the label route and `EDGES_S`.
+
+    Checked: names, shares, period; and, by effect, that of many series each promise
+    counts those that it is about, as events and as bad ones.
+    """
+    # TODO(1): two SLO(...), each with a total and either its good or its bad.
+    raise NotImplementedError
+
+
+def rules(slo: SLO) -> list[dict[str, Any]]:
+    """Prometheus rules, recording or alerting, that watch over any objective.
+
+    Alerts are named BudgetBurn and have the labels severity, slo (the objective's
+    name), and, from the series, job.
+
+    Checked by effect, with the course's own evaluator and, if installed, promtool:
+    - each of `SPENDS` fires when the long window crosses its limit, neither sooner nor
+      more than three minutes later, and only if the short window is above it, too;
+    - one fault is one page, however many windows it crosses;
+    - a blip is nobody's business; when the fault is over, so is the page, as soon as
+      the short window has seen enough of that;
+    - counters that restart at zero, one replica after the other, change nothing;
+    - with fewer than `LEAST` requests in the long window it is silent, with more not;
+    - a job that fails alone is found, however much the others serve;
+    - ValueError for an objective for which one of `SPENDS` could never fire.
+    """
+    # TODO(2a): how many times too fast does each of SPENDS burn, and which share of
+    # bad requests is that? Then write it in PromQL: rate first, then sum.
+    raise NotImplementedError
+
+
+def detection_s(slo: SLO, share: float, already: float = 0.0) -> float:
+    """Seconds from the start of a fault to the page of `rules`.
+
+    Traffic is even. `already` of the requests were bad for a day; then the fault makes
+    it `share` of them.
+
+    Checked: within 1 %; 0 where the page fires already, infinity where it never will.
+    """
+    # TODO(2b): x of the long window has the one share, the rest the other. Mind which
+    # of SPENDS page.
+    raise NotImplementedError
+
+
+def budget_left(slo: SLO, days: Sequence[tuple[float, float]]) -> float:
+    """The share of the error budget that is left, of (requests, bad ones) by the day.
+
+    The newest day comes last. Only those within the objective's period count.
+
+    Checked: 1 where nothing was spent or nobody came, below 0 where more was spent
+    than there was.
+    """
+    # TODO(3a): the budget is a number of requests, not a mean of daily shares.
+    raise NotImplementedError
+
+
+def receiver(
+    alert: Mapping[str, str], firing: Sequence[Mapping[str, str]]
+) -> str | None:
+    """Who is told of an alert, given the labels of all that fire, itself included.
+
+    A page goes to the "pager", a ticket to the "tracker", and the alert named Watchdog
+    to the "deadman", which raises the alarm when it falls silent.
+
+    Checked: None for a ticket while a page of the same slo and job fires, because
+    whoever is awake knows; an alert with no severity, or one that nobody thought of, is
+    told to somebody who is awake.
+    """
+    # TODO(3b): what may be withheld, and what must reach somebody all the same?
+    raise NotImplementedError
+
+
+def table() -> Table:
+    """Your rules for both promises, to be read."""
+    rows = [
+        [slo.name, rule.get("labels", {}).get("severity", "recorded"), rule["expr"]]
+        for slo in objectives()
+        for rule in rules(slo)
+    ]
+    return Table("Rules", ["slo", "severity", "expression"], rows)
+
+
+if __name__ == "__main__":
+    from exercises.tryout import tryout
+
+    raise SystemExit(
+        tryout(
+            __file__,
+            objectives=lambda: [slo.name for slo in objectives()],
+            rules=table,
+            detection_s=lambda: detection_s(objectives()[0], share=1.0),
+            budget_left=lambda: budget_left(objectives()[0], [(10_000, 20)] * 28),
+            receiver=lambda: receiver({"severity": "ticket"}, [{"severity": "ticket"}]),
+        )
+    )
