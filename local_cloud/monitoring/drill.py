@@ -1,8 +1,8 @@
 """Faults on purpose: when somebody should hear of each, and when somebody did.
 
 A `Fault` knows how to begin and end and when its alert is due. `run` begins several at
-once, each under a job of its own, ends each when its alert fires, waits until it is
-resolved, and gives an `Outcome` for each. Whatever happens, every fault is ended.
+once, each under a job of its own, ends each when its alert was heard of, waits until it
+is resolved, and gives an `Outcome` for each. Whatever happens, every fault is ended.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        """Found within the bars; or silent, if it was a blip."""
+        """Found within the bars, told and resolved; or silent, if it was a blip."""
         if self.fault.lasts_s is not None:
             return self.measured_s is None and self.struck != 0
-        if self.late_s is None:
+        if self.late_s is None or self.resolved_s is None or not self.told_s:
             return False
         return not self.fault.barred or -EARLY_S <= self.late_s <= LATE_S
 
@@ -102,7 +102,7 @@ class _Trial:
             return since > (self.predicted_s if self.fault.lasts_s else 0)
         return self.resolved_s is not None or since > RESOLVE_S
 
-    def look(self, firing: bool) -> None:
+    def look(self, firing: bool, heard: Sequence[Notification]) -> None:
         """Note what is new; end the fault if its time has come."""
         now = time.monotonic() - self.began
         if firing and self.measured_s is None:
@@ -110,25 +110,29 @@ class _Trial:
         if self.ended_s is None:
             lasts = self.fault.lasts_s
             patience = self.predicted_s + PATIENCE_S if lasts is None else lasts
-            if now >= patience or (lasts is None and firing):
+            if now >= patience or (lasts is None and firing and self.told(heard)):
                 self.fault.stop()
                 self.ended_s = time.monotonic() - self.began
         elif self.measured_s is not None and not firing and self.resolved_s is None:
             self.resolved_s = now - self.ended_s
 
-    def outcome(self, heard: Sequence[Notification]) -> Outcome:
+    def told(self, heard: Sequence[Notification]) -> dict[str, float]:
+        """When each receiver first heard of it."""
         told: dict[str, float] = {}
         for one in heard:
             ours = (one.alert, one.job, one.severity) == self.fault.key
             if ours and one.status == "firing" and one.at >= self.began_at:
                 told.setdefault(one.by, one.at - self.began_at)
+        return told
+
+    def outcome(self, heard: Sequence[Notification]) -> Outcome:
         return Outcome(
             self.fault,
             self.began_at,
             self.ended_s or 0.0,
             self.predicted_s,
             self.measured_s,
-            told,
+            self.told(heard),
             self.resolved_s,
             self.fault.struck() - self.struck if self.fault.struck else None,
         )
@@ -210,7 +214,7 @@ def run(ground: Ground, faults: Sequence[Fault], history_s: float) -> list[Outco
             time.sleep(LOOK_S)
             firing = seen(ground.watch.alerts())
             for trial in trials:
-                trial.look(trial.fault.key in firing)
+                trial.look(trial.fault.key in firing, ground.notifications)
     return [trial.outcome(ground.notifications) for trial in trials]
 
 
@@ -277,7 +281,8 @@ def table(outcomes: Sequence[Outcome], title: str) -> Table:
         rows.append([*row, _shown(one.resolved_s), one.good])
     note = (
         f"As promised: within -{EARLY_S:g}/+{LATE_S:g} s of the prediction for errors "
-        "and a stopped server, at all for the others; silence for a blip."
+        "and a stopped server, at all for the others; told, and resolved after it; "
+        "silence for a blip."
     )
     return Table(title, columns, rows, note)
 

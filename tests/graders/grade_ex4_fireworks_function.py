@@ -370,8 +370,7 @@ def check_survives_a_bad_day(submission: Submission, cloud: Any) -> None:
         found.must(made == 1, "1 generated", because, got=f"{made} generated")
         value = found.value
         because = "whoever answered, it is checked; and MODEL answers well"
-        right = value is None if fault.kind == "cut" else value is not None
-        right = right or (value is not None and value["amount"] in NOTE)
+        right = fault.kind == "cut" if value is None else str(value["amount"]) in NOTE
         found.must(right, "an entry, or None after a cut", because)
 
 
