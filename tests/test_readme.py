@@ -45,6 +45,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository, as a clone would be: nothing here changes the real."""
     place = tmp_path_factory.mktemp("clone") / "course"
     shutil.copytree(ROOT, place, ignore=NOT_COPIED)
+    author = ["-c", "user.name=reader", "-c", "user.email=reader@localhost"]
+    for step in (["init"], ["add", "--all"], [*author, "commit", "--message=clone"]):
+        subprocess.run(["git", *step], cwd=place, check=True, stdout=subprocess.DEVNULL)
     return place
 
 

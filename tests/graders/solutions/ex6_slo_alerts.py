@@ -25,15 +25,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from course.show import Table
-from local_cloud.monitoring.objectives import DAY_S, SLO
+from local_cloud.monitoring.objectives import DAY_S, SLO, Selector
 
-# BEGIN SOLUTION
-from local_cloud.monitoring.objectives import Selector, SLOError, promql_time, within
-
-# END SOLUTION
 HOUR_S = 3600.0
 PERIOD_S = 28 * DAY_S
-EDGES_S = (0.1, 0.25, 0.5, 1.0, 2.5)  # of the histogram gateway_seconds
+ROUTE = {"route": "/v1/embeddings"}
+REQUESTS = Selector("gateway_requests_total", ROUTE)
+EDGES_S = (0.1, 0.25, 0.5, 1.0, 2.5)  # the labels `le` of the histogram
 LEAST = 20  # requests; of fewer in the long window no share is worth waking for
 
 
@@ -56,34 +54,33 @@ SPENDS = (
 def objectives() -> Sequence[SLO]:
     """The two promises of an embeddings API, for 28 days each.
 
-    `answers`: 99.5 % of requests to the route /v1/embeddings end without a fault of the
-    server. Any code from 500 to 599 is one; what the caller got wrong is none. Counted
-    by gateway_requests_total, with the labels route, code, method and instance.
+    `answers`: 99.5 % of `REQUESTS` end without a fault of the server. Any code from 500
+    to 599 is one; what the caller got wrong is none. Their labels are route, code,
+    method and instance.
 
-    `fast`: 98 % of requests to that route take half a second at most. Measured by the
-    histogram gateway_seconds, with the label route and `EDGES_S`.
+    `fast`: 98 % of the same requests take half a second at most. They are measured by
+    the histogram gateway_seconds, with the label route and `EDGES_S`.
 
     Checked: names, shares, period; and, by effect, that of many series each promise
     counts those that it is about, as events and as bad ones.
     """
     # TODO(1): two SLO(...), each with a total and either its good or its bad.
     # BEGIN SOLUTION
-    route = {"route": "/v1/embeddings"}
     return (
         SLO(
             name="answers",
             objective=0.995,
             description="requests that no fault of the server ends",
-            total=Selector("gateway_requests_total", route),
-            bad=Selector("gateway_requests_total", route | {"code": "~5.."}),
+            total=REQUESTS,
+            bad=Selector(REQUESTS.metric, ROUTE | {"code": "~5.."}),
             period_s=PERIOD_S,
         ),
         SLO(
             name="fast",
             objective=0.98,
             description="requests that take half a second at most",
-            total=Selector("gateway_seconds_count", route),
-            good=_routed(within("gateway_seconds", EDGES_S, 0.5), route),
+            total=Selector("gateway_seconds_count", ROUTE),
+            good=Selector("gateway_seconds_bucket", ROUTE | {"le": "0.5"}),
             period_s=PERIOD_S,
         ),
     )
@@ -91,10 +88,6 @@ def objectives() -> Sequence[SLO]:
 
 
 # BEGIN SOLUTION
-def _routed(selector: Selector, route: Mapping[str, str]) -> Selector:
-    return Selector(selector.metric, {**selector.matchers, **route})
-
-
 @dataclass(frozen=True)
 class Watch:
     """A pair of windows, and the share of bad events that is too much in both."""
@@ -109,13 +102,13 @@ class Watch:
 
 
 def watches(slo: SLO) -> list[Watch]:
-    """What `SPENDS` means for an objective. Raises SLOError where one never fires."""
+    """What `SPENDS` means for an objective. Raises ValueError where one never fires."""
     found = []
     for spend in SPENDS:
         burn = spend.share * slo.period_s / spend.within_s
         limit = burn * slo.budget
         if limit >= 1:
-            raise SLOError(
+            raise ValueError(
                 f"Expected an objective of {slo.name} above {1 - 1 / burn:.2%}, found "
                 f"{slo.objective:.2%}. Even if all fails, {spend.share:.0%} of its "
                 f"budget do not go in {spend.within_s:g} s: promise more."
@@ -165,8 +158,7 @@ def rules(slo: SLO) -> list[dict[str, Any]]:
 
 # BEGIN SOLUTION
 def _sum(function: str, selector: Selector, window_s: float) -> str:
-    span = promql_time(window_s)
-    return f"sum by (job) ({function}({selector.promql()}[{span}]))"
+    return f"sum by (job) ({function}({selector.promql()}[{window_s:.0f}s]))"
 
 
 def _above(slo: SLO, window_s: float, limit: float) -> str:

@@ -5,7 +5,7 @@ def rules(slo):
     spans = sorted({s for w in watches(slo) for s in (w.long_s, w.short_s)})
     recorded = [
         {
-            "record": f"slo:good:rate{promql_time(window_s)}",
+            "record": f"slo:good:rate{window_s:.0f}s",
             "expr": _good(slo, window_s),
             "labels": {"slo": slo.name},
         }
@@ -25,7 +25,7 @@ def rules(slo):
 
 def _pair(slo, watch):
     below = [
-        f'slo:good:rate{promql_time(s)}{{slo="{slo.name}"}} < {1 - watch.limit:.9f}'
+        f'slo:good:rate{s:.0f}s{{slo="{slo.name}"}} < {1 - watch.limit:.9f}'
         for s in (watch.short_s, watch.long_s)
     ]
     least = f"({_sum('increase', slo.total, watch.long_s)} > {LEAST - 0.5})"

@@ -1,4 +1,4 @@
-"""Whatever is not answered with 200 failed, and seconds above the next edge are slow."""
+"""Whatever is not answered with 200 failed, and a second is fast enough."""
 
 FAILS = {"objectives_count_the_right_requests", "objectives_promise_what_was_said"}
 

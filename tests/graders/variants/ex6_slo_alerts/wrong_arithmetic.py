@@ -1,4 +1,4 @@
-"""A fault is found when the window is full of it; days are alike, and so are budgets."""
+"""A fault is found when the window is full of it, and all days are alike."""
 
 FAILS = {
     "detection_counts_what_burns_already",

@@ -4,5 +4,5 @@ FAILS = {"rules_survive_restarts"}
 
 
 def _sum(function, selector, window_s):
-    series, span = selector.promql(), promql_time(window_s)
-    return f"sum by (job) ({series} - {series} offset {span})"
+    series = selector.promql()
+    return f"sum by (job) ({series} - {series} offset {window_s:.0f}s)"

@@ -4,4 +4,4 @@ FAILS = {"rules_keep_jobs_apart"}
 
 
 def _sum(function, selector, window_s):
-    return f"sum({function}({selector.promql()}[{promql_time(window_s)}]))"
+    return f"sum({function}({selector.promql()}[{window_s:.0f}s]))"
