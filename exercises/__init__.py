@@ -7,5 +7,5 @@ The rooms: `catalogue` (which there are), `runner` (grades a file in a process o
 own), `results` (what came of it, as data), `exporters` (the same for other systems),
 `progress` (what you reached, and backups), `watch`, `doctor` (what this machine has),
 `starter` (makes the files you begin with), `tryout` (runs one by itself),
-`unknown_server` (what exercise 2 tests).
+`unknown_server` and `expenses` (what exercises 2 and 4 are tried on).
 """

@@ -72,6 +72,14 @@ EXERCISES = (
         before="model_api.py, section 2; scaling_strategies.py, section 2",
     ),
     Exercise(
+        3,
+        "ex3_serverless_vs_container",
+        "The same model as a function and as a container",
+        minutes=60,
+        before="serverless_deployment.py, sections 1 to 3",
+        limit_s=600.0,  # building the container's image takes minutes, once
+    ),
+    Exercise(
         4,
         "ex4_fireworks_function",
         "A function that keeps the books, and its bill",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EARLY_S, LATE_S = 3.0, 4.0  # measured minus predicted: the bars
 LOOK_S = 0.1
 PATIENCE_S = 15.0  # beyond the prediction; then the alert is missing
-RESOLVE_S = 120.0  # that an alert may take to end after its fault
+RESOLVE_S = 180.0  # that an alert may take to end: a window of drift lasts 150
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ objectives. Then errors, latency, drift, a leak and a blip at one time, each beh
 edge and under a job of its own; then a server that is stopped; then one that is
 overloaded. At scale 60: a minute of production passes in a second.
 
-Run it:     python -m tests.benchmarks.drill                  about five minutes
-            python -m tests.benchmarks.drill --quick          three and a half
+Run it:     python -m tests.benchmarks.drill                  about six minutes
+            python -m tests.benchmarks.drill --quick          four and a half
             python -m tests.benchmarks.drill --portable       without Prometheus
 """
 

@@ -47,14 +47,16 @@ def check_capacity_is_the_largest_rate(submission: Submission) -> None:
         (40, 0.5, 0.5),
     ):
         found = submission.call("capacity", replicas, service_s, wait_s)
-
-        def too_long(load: float, n: int = replicas, wait_s: float = wait_s) -> float:
-            of_service = wait_s / service_s  # noqa: B023  (called within the turn)
-            return theory.mmc_wait_quantile(n, load, 1.0, 0.95) - of_service - 1e-12
-
-        expected = theory.bisect(too_long, 0.0, float(replicas)) / service_s
         because = f"a little more makes one in twenty wait over {wait_s:g} s"
-        found.near(expected, because)
+        found.near(largest_rate(replicas, service_s, wait_s), because)
+
+
+def largest_rate(replicas: int, service_s: float, wait_s: float) -> float:
+    def excess(load: float) -> float:
+        wait = theory.mmc_wait_quantile(replicas, load, service_s, 0.95)
+        return wait - wait_s - 1e-12  # a wait of nothing is not too long yet
+
+    return theory.bisect(excess, 0.0, float(replicas)) / service_s
 
 
 @points(1, hint="Compare first: NaN is neither above 0 nor below.")

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from local_cloud.monitoring import rule_tests
-from local_cloud.monitoring.alerting import Rules
 from local_cloud.monitoring.objectives import DAY_S, SLO, Selector
-from local_cloud.monitoring.samples import Labels, Samples, labelled
-from tests.graders.plugin import Call, Failed, Submission, points
+from local_cloud.monitoring.samples import Labels
+from tests.graders.histories import (
+    MINUTE_S,
+    Phase,
+    Series,
+    Watched,
+    around,
+    fires,
+    history,
+    watch,
+)
+from tests.graders.plugin import Call, Submission, points
 
-MINUTE_S, HOUR_S = 60.0, 3600.0
+HOUR_S = 3600.0
 PATH = {"path": "/scan"}
 # Objectives of another service than the exercise's.
 SCANS = SLO(
@@ -33,109 +42,6 @@ PROMPT = SLO(
 )
 # Shares that are too much, by the exercise's SPENDS: within an hour, six, and a day.
 HOUR, SIX, DAY = (burn * SCANS.budget for burn in (33.6, 11.2, 2.8))
-EARLY_S, LATE_S = MINUTE_S, 3 * MINUTE_S
-
-
-# -- histories
-
-
-@dataclass(frozen=True)
-class Phase:
-    """So many minutes with so many requests in each, of which a share is bad."""
-
-    minutes: int
-    requests: float
-    bad: float = 0.0
-
-
-Series = dict[Labels, list[float]]
-
-
-def history(
-    slo: SLO,
-    phases: Sequence[Phase],
-    job: str = "api",
-    restarts: Mapping[str, Sequence[int]] | None = None,
-) -> Series:
-    """The counters of two replicas, minute by minute; and such as are not counted.
-
-    `restarts`: by instance the minutes at which it begins again at zero.
-    """
-    found: Series = {}
-    for instance in ("a", "b"):
-        own = {"job": job, "instance": instance}
-        again = (restarts or {}).get(instance, ())
-        for selector, part in counters(slo):
-            increases = [
-                p.requests / 2 * part(p.bad) for p in phases for _ in range(p.minutes)
-            ]
-            labels = labelled(selector.metric, {**selector.matchers, **own})
-            found[labels] = counted(increases, again)
-            aside = {**selector.matchers, **own, "path": "/elsewhere"}
-            found[labelled(selector.metric, aside)] = counted(
-                [9.0] * len(increases) if part(1.0) else [0.0] * len(increases), ()
-            )
-    return found
-
-
-def counters(slo: SLO) -> list[tuple[Selector, Callable[[float], float]]]:
-    """The series of an objective, and how many of its events each counts."""
-    if slo.bad:
-        metric, matchers = slo.total.metric, slo.total.matchers
-        good, busy, down = (
-            Selector(metric, {**matchers, "code": code})
-            for code in ("200", "503", "500")
-        )
-        half: Callable[[float], float] = lambda bad: bad / 2  # noqa: E731
-        return [(good, lambda bad: 1 - bad), (busy, half), (down, half)]
-    assert slo.good is not None
-    return [(slo.good, lambda bad: 1 - bad), (slo.total, lambda _: 1.0)]
-
-
-def counted(increases: Iterable[float], restarts: Sequence[int]) -> list[float]:
-    values = [0.0]
-    for minute, increase in enumerate(increases, 1):
-        values.append((0.0 if minute in restarts else values[-1]) + increase)
-    return values
-
-
-# -- what the rules do to them
-
-Firing = list[tuple[str, str]]  # severity and job of each alert
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What fired at each minute that was looked at."""
-
-    call: Call
-    minutes: Mapping[int, Firing]
-
-    def first(self, severity: str) -> float:
-        """The first second at which an alert of this severity fires, or infinity."""
-        found = (m for m, firing in self.minutes.items() if _any(firing, severity))
-        return MINUTE_S * next(found, math.inf)
-
-    def must_be_silent(self, what: str, because: str) -> None:
-        loud = {m: firing for m, firing in self.minutes.items() if firing}
-        got = "silence" if not loud else f"{_shown(loud)} (minute {min(loud)})"
-        self.call.must(not loud, f"no alert in {what}", because, got=got)
-
-    def must_fire(self, severity: str, due_s: float, what: str, because: str) -> None:
-        """Not before it is due, as far as minutes can tell, and soon after."""
-        found = self.first(severity)
-        low, high = due_s - EARLY_S, due_s + LATE_S
-        got = "silence" if math.isinf(found) else f"one after {found:.0f} s"
-        expected = f"a {severity} in {what} after {low:.0f} to {high:.0f} s"
-        self.call.must(low <= found <= high, expected, because, got=got)
-
-
-def _any(firing: Firing, severity: str) -> bool:
-    return any(kind == severity for kind, _ in firing)
-
-
-def _shown(loud: Mapping[int, Firing]) -> str:
-    return ", ".join(f"a {severity} of {job}" for severity, job in loud[min(loud)])
 
 
 def rules_of(submission: Submission, slo: SLO) -> Call:
@@ -166,38 +72,8 @@ def watched(
     start: int,
     looks: Iterable[int] | None = None,
 ) -> Watched:
-    """Evaluates the rules at the minutes after `start`, which count from there."""
-    call = rules_of(submission, slo)
-    try:
-        rules = Rules([{"rules": call.value}])
-    except (ValueError, AttributeError, TypeError) as error:
-        raise Failed(
-            f"called {call.text}, expected PromQL that the evaluator has because the "
-            f"rules are to be tried, got {type(error).__name__}: {error}"
-        ) from None
-    samples, last = Samples(2 * DAY_S), max(map(len, series.values()))
-    looks = range(1, last - start) if looks is None else looks
-    firing: dict[int, Firing] = {}
-    done = 0
-    for look in looks:
-        for minute in range(done, start + look + 1):
-            for labels, values in series.items():
-                if minute < len(values):
-                    samples.add(labels, MINUTE_S * minute, values[minute])
-        done = start + look + 1
-        rules.evaluate(samples, MINUTE_S * (start + look))
-        firing[look] = sorted(
-            (alert.labels["severity"], alert.labels.get("job", "no job"))
-            for alert in rules.alerts()
-            if alert.state == "firing"
-        )
-    return Watched(call, firing)
-
-
-def around(due_s: float) -> range:
-    """Minutes from a while before something is due to a while after."""
-    due = round(due_s / MINUTE_S)
-    return range(max(1, due - 12), due + 8)
+    """What the learner's rules for an objective say to a history."""
+    return watch(rules_of(submission, slo), series, start, looks)
 
 
 # -- 1: objectives
@@ -328,10 +204,10 @@ def check_rules_resolve_soon(submission: Submission) -> None:
     found = watched(submission, SCANS, history(SCANS, phases), 420)
     at_end, later = found.minutes[30], found.minutes[30 + 5 + 1]
     because = "the fault is still there"
-    found.call.must(_any(at_end, "page"), "a page at the fault's end", because, "none")
+    found.call.must(fires(at_end, "page"), "a page at the fault's end", because, "none")
     because = "five minutes were good, and nobody can repair what is repaired"
     what = "no page six minutes after the fault"
-    found.call.must(not _any(later, "page"), what, because, got="one")
+    found.call.must(not fires(later, "page"), what, because, got="one")
 
 
 @points(2, hint="rate() sees one series restart; in a sum of series nobody can.")
