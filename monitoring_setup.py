@@ -2,10 +2,10 @@
 
 A model that fails does not fall silent: it answers late, or wrongly, or to half of its
 callers, and the graphs of the machine look as always. Whoever alarms on every graph is
-woken for nothing and soon sleeps on. Here a promise to the users (an objective) is data,
-and everything follows from it: the alerts, their tests, the dashboard, and how long an
-outage can last before somebody hears of it. Then things are broken, and the prediction
-is compared with the clock.
+woken for nothing and soon sleeps on. Here a promise to the users (an objective) is
+data, and everything follows from it: the alerts, their tests, the dashboard, and how
+long an outage lasts before somebody hears of it. Then things are broken, and the
+prediction is compared with the clock.
 
 You will see: one request followed from the client to the log line; the model's drift
 and its energy; real alerts from real faults, timed; a dashboard of one table.
@@ -195,7 +195,7 @@ def sci(energy: Interval, thread_s: float, intensity: float = GRAMS_A_KWH) -> In
 def show_energy(run: Run, url: str) -> None:
     meter = energy.meters(cpu_s=light_load.cpu_seconds(url))[0]
     ask = partial(trials.small_talk, 3, ANSWER_TOKENS)
-    turns = 3 if run.quick else 6
+    turns = 2 if run.quick else 4
     alone, together = light_load.in_turns(url, ask, meter, 8, turns)
     rows: list[list[Cell]] = []
     for name, works in (("one at a time", alone), ("eight at once", together)):
@@ -581,7 +581,7 @@ PANELS = panels()
 def demo_dashboards(run: Run) -> None:
     """Put the API under load, and look at it through the table."""
     url = run.keep("server", partial(trials.running_server, run.device))
-    seconds, live = (5 if run.quick else 12), panels(LIVE_SCALE)
+    seconds, live = (5 if run.quick else 8), panels(LIVE_SCALE)
     run.predict(f"All {len(expressions(live))} curves of {len(live)} panels have data.")
     watch = Watch(live, Scraped(f"{url}/metrics", live))
     with served(watch) as (page, _), run.progress(f"Live at {page}"):

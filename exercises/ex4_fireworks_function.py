@@ -129,14 +129,21 @@ REPLICA = Replica(slots=8, answer_s=2.0, usd_per_hour=8.0)
 TOKENS = Tokens(prompt=3000, cached=2400, completion=200)  # with the firm's rules in it
 
 
-def try_on_the_stand_in() -> dict[str, Any] | None:
-    """Lets `entry` ask the stand-in, which cuts its first answer."""
+def try_on_the_stand_in() -> dict[str, Any]:
+    """Lets `entry` ask the stand-in on two bad days.
+
+    FALLBACK is the same small model without a form: after a cut expect None.
+    """
     from exercises.expenses import asking
     from local_cloud.fireworks.faults import Fault
 
+    request(NOTE)  # or not started, before a model is loaded
+    told = {}
     with asking() as (ask, cloud):
-        cloud.state.faults.order(Fault("cut"))
-        return entry(NOTE, ask, cloud.clock.advance)
+        for fault in (Fault("rate_limit", seconds=2, times=2), Fault("cut")):
+            cloud.state.faults.order(fault)
+            told[fault.kind] = entry(NOTE, ask, cloud.clock.advance)
+    return told
 
 
 def try_on_a_day() -> str:
