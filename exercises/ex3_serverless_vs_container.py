@@ -1,4 +1,4 @@
-"""Exercise 3: the same model as a function and as a container: which, and why.
+"""Exercise 3: the same model as a function and as a container.
 
 Goal      From calls that were measured and the times at which callers come, tell what
           callers would wait and what a month would cost, on a platform for functions

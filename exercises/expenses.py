@@ -59,11 +59,9 @@ def asking() -> Iterator[tuple[Callable[[str, Mapping[str, Any]], Reply], Served
     with trials.cloud("cpu") as cloud, stand_in(cloud.url) as client:
 
         def ask(model: str, request: Mapping[str, Any]) -> Reply:
-            return (
-                _local(cloud, request)
-                if model == FALLBACK
-                else _sent(client, model, request)
-            )
+            if model == FALLBACK:
+                return _local(cloud, request)
+            return _sent(client, model, request)
 
         yield ask, cloud
 
@@ -121,7 +119,7 @@ def replay(
     """
     from local_cloud.fireworks.deployments import Call, Deployment, complete
 
-    fields = {"acceleratorCount": 1, **camel_case(arguments)}
+    fields = {**camel_case(arguments), "acceleratorCount": 1}
     deployment = Deployment("day", complete(fields), created_s=0.0)
     waiting: deque[float] = deque()  # when each came
     at_work: deque[tuple[float, float]] = deque()  # when each will end, and came

@@ -1,4 +1,4 @@
-"""Exercise 4: a function that keeps the books, and what it may cost.
+"""Exercise 4: a function that keeps the books, and its bill.
 
 Goal      Turn a note of an expense ("Taxi to the fair, 23.40, I paid") into an entry of
           the books, by a function on Fireworks.ai: the request with its form, what to
