@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from local_cloud.monitoring import stack
+
 ROOT = Path(__file__).parent.parent
 DEADLINE_S = 300.0
 
@@ -58,6 +60,10 @@ GUIDE = {
 }
 HEAVY = {"onnxruntime", "tokenizers", "httpx", "rich", "matplotlib", "docker"}
 NEEDS = {"fireworks_deployment": {"httpx", "rich"}}  # the SDK imports them
+WITH_PROMETHEUS = [
+    pytest.mark.prometheus,
+    pytest.mark.skipif(stack.found() is not None, reason=str(stack.found())),
+]
 each_lesson = pytest.mark.parametrize("name", GUIDE)
 
 
@@ -125,7 +131,7 @@ def test_importing_does_nothing(name: str):
         "serverless_deployment",
         "fireworks_deployment",
         "scaling_strategies",
-        "monitoring_setup",
+        pytest.param("monitoring_setup", marks=WITH_PROMETHEUS),
     ],
 )
 def test_the_lesson_runs_as_a_newcomer_would_run_it(name: str, tmp_path: Path):
