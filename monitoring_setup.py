@@ -195,7 +195,7 @@ def sci(energy: Interval, thread_s: float, intensity: float = GRAMS_A_KWH) -> In
 def show_energy(run: Run, url: str) -> None:
     meter = energy.meters(cpu_s=light_load.cpu_seconds(url))[0]
     ask = partial(trials.small_talk, 3, ANSWER_TOKENS)
-    turns = 2 if run.quick else 4
+    turns = 3 if run.quick else 6
     alone, together = light_load.in_turns(url, ask, meter, 8, turns)
     rows: list[list[Cell]] = []
     for name, works in (("one at a time", alone), ("eight at once", together)):
