@@ -197,7 +197,7 @@ def whole_drill(run: lesson.Run) -> None:
             run.say(one)
         faults = first_faults(ground, prompts, time.monotonic() - begun)
         outcomes = drill.run(ground, faults, time.monotonic() - begun)
-        ratio = f'{course.ratio_name(course.HOUR_S)}{{slo="availability"}}'
+        ratio = f'{course.ratio_name(6 * course.HOUR_S)}{{slo="availability"}}'
         burning = [one for one in outcomes if one.fault.job in {*SHARES, "blip"}]
         curves = drill.burn_curves(ground, burning, ratio, course.SLOS[0].budget)
         for fault in later_faults(ground):
@@ -208,7 +208,7 @@ def whole_drill(run: lesson.Run) -> None:
         counted = scrape(untouched.url).total(course.HTTP)
     by = type(ground.watch).__name__
     run.table(drill.table(outcomes, f"The drill at scale {SCALE:g}, watched by {by}"))
-    limit = course.FAST_BURN
+    limit = 6  # with so short a past the pair of the longer windows fires first
     run.picture(
         partial(drill.draw, curves=curves, outcomes=outcomes, limit=limit), "burn"
     )
