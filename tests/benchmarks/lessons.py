@@ -1,8 +1,9 @@
 """All six lessons one after another, as a course day would run them.
 
 Each runs in a process of its own with warnings as errors. Before and after, this looks
-at what a lesson could leave behind: processes, containers, networks, volumes, images,
-control groups, and files in the repository, in the temporary folder and at home.
+at what a lesson could leave behind: processes, containers, networks, volumes, control groups, and files
+in the repository, in the temporary folder and at home. Images are meant to stay, so that
+the next run need not build them; at the end `docker_deployment.py --clean` removes them.
 
 Run it:     python -m tests.benchmarks.lessons [--quick]         some five minutes
 """
@@ -33,13 +34,16 @@ LESSONS = (
 EXPECTED = {"reports", "build", "__pycache__", ".git"}  # may change: never looked into
 SETTLE_S = 1.0  # what the kernel takes to remove what has ended
 LIMIT_S = 300.0
-DOCKER = ("container ls -a", "network ls", "volume ls", "image ls -a")
+DOCKER = ("container ls -a", "network ls", "volume ls")
+IMAGES = ("image ls -a",)
+CLEAN = [sys.executable, "docker_deployment.py", "--clean"]
 
 
 def all_lessons(run: lesson.Run) -> None:
     """Run each, and compare what is there before and after."""
     run.predict("Each ends within a minute with exit code 0, and leaves nothing.")
     rows, left = [], []
+    images = listed(IMAGES)
     with run.progress("lessons", total=len(LESSONS)) as advance:
         for name in LESSONS:
             before = everything()
@@ -50,6 +54,9 @@ def all_lessons(run: lesson.Run) -> None:
             skipped = said.count("SKIPPED")
             rows.append((name, seconds, code, skipped, len(found)))
             advance()
+    built = len(listed(IMAGES) - images)
+    subprocess.run(CLEAN, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    left += sorted(listed(IMAGES) - images)
     columns = ["lesson", ("took", "s"), "exit code", "skipped", "left behind"]
     title = f"Six lessons{', quick' if run.quick else ''}, warnings as errors"
     run.table(Table(title, columns, rows))
@@ -58,7 +65,8 @@ def all_lessons(run: lesson.Run) -> None:
     total = sum(row[1] for row in rows)
     failed = [row[0] for row in rows if row[2]]
     run.conclude(
-        f"{total:.0f} s in all, {len(failed)} failed, {len(left)} things left behind."
+        f"{total:.0f} s in all, {len(failed)} failed, {len(left)} things left behind; "
+        f"{built} images were built, and removed by --clean."
     )
 
 
@@ -78,19 +86,23 @@ def run_lesson(name: str, quick: bool) -> tuple[int, float, str]:
 def everything() -> set[str]:
     """All that a lesson could leave behind, each with its kind before it."""
     found = {f"process {words}" for words in processes()}
-    for listing in DOCKER if shutil.which("docker") else ():
-        done = subprocess.run(
-            ["docker", *listing.split(), "-q", "--no-trunc"],
-            capture_output=True,
-            text=True,
-        )
-        found |= {f"docker {listing.split()[0]} {word}" for word in done.stdout.split()}
+    found |= listed(DOCKER)
     for controller in ("memory", "cpu", ""):
         base = Path("/sys/fs/cgroup", controller)
         found |= {f"group {path}" for path in base.rglob("functions-*")}
     found |= {f"file {path}" for path in Path(tempfile.gettempdir()).glob("*")}
     found |= {f"file {path}" for path in Path.home().glob("*")}
     return found | {f"file {path}" for path in repository(ROOT)}
+
+
+def listed(listings: tuple[str, ...]) -> set[str]:
+    """What the Docker engine lists, if there is one."""
+    found: set[str] = set()
+    for listing in listings if shutil.which("docker") else ():
+        command = ["docker", *listing.split(), "-q", "--no-trunc"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found |= {f"docker {listing.split()[0]} {word}" for word in done.stdout.split()}
+    return found
 
 
 def processes() -> set[str]:
