@@ -5,7 +5,8 @@ stops being asked, and its worst moment is missing from the figures. Here one lo
 user hands out the work: the moment of each request is drawn before the run, each is
 sent when it is due, and every latency counts from then, however late it was sent.
 
-Run it, from the repository's root, beside `python model_api.py --serve`:
+Run it, from the repository's root, beside `python model_api.py --serve` (it needs
+locust: pip install -r requirements-tests.txt):
 
     python -m locust -f exercises/locustfile.py --headless \\
         --host http://127.0.0.1:8000 --shape spike --rate 2 --duration 30 \\
