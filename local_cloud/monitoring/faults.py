@@ -18,16 +18,16 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from course.process import wait_until
+from local_cloud import passing
+from local_cloud.passing import HOP, MOST_BYTES
 
 if TYPE_CHECKING:
     import httpx
 
-MOST_BYTES = 8 << 20  # of a request: it is kept whole until it is answered
 TIMEOUT_S = 2.0  # of silence from the API until the edge gives up: 504
 REQUEST_S = [0.01 * 2**i for i in range(14)]  # 10 ms to 82 s, as the API has them
 FIRST_S = [0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
@@ -35,8 +35,6 @@ ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/classify")
 CODES = (200, 429, 499, 500, 502, 503, 504)
 KINDS = ("error", "hang", "delay")  # of what is injected
 CLIENT_LEFT = 499  # nginx's number: nobody is there to be told
-# These headers are about one connection, not about the message.
-HOP = (b"connection", b"keep-alive", b"transfer-encoding")
 
 
 @dataclass(frozen=True)
@@ -162,24 +160,11 @@ class Edge:
         return self._plan[0]
 
     def __enter__(self) -> Self:
-        import uvicorn
-
         listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{listener.getsockname()[1]}"
         self.url = f"http://{self.address}"
-        config = uvicorn.Config(
-            self._serve,
-            interface="asgi3",
-            lifespan="off",
-            proxy_headers=False,  # they pass, whoever sent them
-            log_level="critical",  # a stream it must cut is no news
-            access_log=False,
-            server_header=False,
-            date_header=False,
-            timeout_keep_alive=65,
-            timeout_graceful_shutdown=1,
-        )
-        self._server = uvicorn.Server(config)
+        # A stream that it must cut is no news.
+        self._server = passing.server(self._serve, "critical")
         self._thread = threading.Thread(target=asyncio.run, args=(self._run(listener),))
         self._thread.start()
         try:
@@ -196,12 +181,9 @@ class Edge:
     async def _run(self, listener: socket.socket) -> None:
         import httpx
 
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         timeout = httpx.Timeout(self.timeout_s)
         with listener:
-            async with httpx.AsyncClient(
-                limits=limits, timeout=timeout, trust_env=False
-            ) as self._client:
+            async with passing.client(timeout) as self._client:
                 await self._server.serve([listener])
 
     async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
@@ -244,15 +226,7 @@ class Exchange:
                 await self.refuse(413, f"Expected at most {MOST_BYTES:,} bytes.")
                 return
             more = message.get("more_body", False)
-        work = asyncio.create_task(self.answer(bytes(body)))
-        left = asyncio.create_task(receive())
-        try:
-            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            left.cancel()
-            work.cancel()  # nothing, if it is done
-        with suppress(asyncio.CancelledError):
-            await work
+        await passing.unless_left(self.answer(bytes(body)), receive)
 
     async def answer(self, body: bytes) -> None:
         """The fault that is due, or what the API says."""

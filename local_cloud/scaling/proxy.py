@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from course.process import wait_until
+from local_cloud import passing
+from local_cloud.passing import HOP, MOST_BYTES
 from local_cloud.scaling.balancer import (
     CHECK_S,
     FALL,
@@ -35,10 +37,6 @@ from local_cloud.scaling.policies import Picker
 
 if TYPE_CHECKING:
     import httpx
-
-MOST_BYTES = 8 << 20  # of a request: it is kept whole until it is answered
-# These headers are about one connection, not about the message.
-HOP = (b"connection", b"keep-alive", b"transfer-encoding")
 
 
 @dataclass(eq=False)
@@ -93,23 +91,9 @@ class Proxy:
         self._queue = self._answered = self._retried = 0
 
     def __enter__(self) -> Self:
-        import uvicorn
-
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(
-            self._serve,
-            interface="asgi3",
-            lifespan="off",
-            proxy_headers=False,  # they pass, whoever sent them
-            log_level="error",
-            access_log=False,
-            server_header=False,
-            date_header=False,
-            timeout_keep_alive=65,
-            timeout_graceful_shutdown=1,
-        )
-        self._server = uvicorn.Server(config)
+        self._server = passing.server(self._serve, "error")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_until_complete, args=(self._run(listener),)
@@ -131,12 +115,9 @@ class Proxy:
         import httpx
 
         self._turn, self._freed = asyncio.Lock(), asyncio.Event()
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         timeout = httpx.Timeout(self.silence_s, connect=1.0)
         with listener:
-            async with httpx.AsyncClient(
-                limits=limits, timeout=timeout, trust_env=False
-            ) as self._client:
+            async with passing.client(timeout) as self._client:
                 await self._server.serve([listener])
                 watching = asyncio.all_tasks() - {asyncio.current_task()}
                 for task in watching:
@@ -198,15 +179,7 @@ class Proxy:
                 await _refuse(send, 413, f"Expected at most {MOST_BYTES:,} bytes.")
                 return
             more = message.get("more_body", False)
-        work = asyncio.create_task(self._forward(scope, body, send))
-        left = asyncio.create_task(receive())
-        try:
-            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            left.cancel()
-            work.cancel()  # nothing, if it is done
-        with suppress(asyncio.CancelledError):
-            await work
+        if await passing.unless_left(self._forward(scope, body, send), receive):
             self._answered += 1
 
     async def _forward(self, scope: Any, body: bytes, send: Any) -> None:
