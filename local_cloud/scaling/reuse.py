@@ -75,18 +75,20 @@ async def _ask_repeatedly(
     return found
 
 
-async def _asked(what: str, app: Any, model: Model, callers: int, tokens: int) -> Asked:
+async def ask_at_once(
+    app: Any, model: str, count: int, tokens: int
+) -> tuple[float, Series]:
+    """The same question from many callers; seconds for all, and of each."""
     import httpx
 
     question = {
-        "model": model.name,
+        "model": model,
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],
         "max_tokens": tokens,
     }
-    transport, before = httpx.ASGITransport(app), finished(model)
     took: list[float] = []
     async with httpx.AsyncClient(
-        transport=transport, base_url="http://api", timeout=120
+        transport=httpx.ASGITransport(app), base_url="http://api", timeout=120
     ) as http:
 
         async def one() -> None:
@@ -94,12 +96,19 @@ async def _asked(what: str, app: Any, model: Model, callers: int, tokens: int) -
             (await http.post(CHAT, json=question)).raise_for_status()
             took.append(time.perf_counter() - started)
 
-        await asyncio.gather(*(one() for _ in range(callers)))
+        started = time.perf_counter()
+        await asyncio.gather(*(one() for _ in range(count)))
+        return time.perf_counter() - started, Series(tuple(took))
+
+
+async def _asked(what: str, app: Any, model: Model, callers: int, tokens: int) -> Asked:
+    before = finished(model)
+    _, took = await ask_at_once(app, model.name, callers, tokens)
     if what == "outdated":  # it is answered at once, and renewed after that
         async with asyncio.timeout(60):
             while finished(model) == before:
                 await asyncio.sleep(0.01)
-    return Asked(what, callers, finished(model) - before, Series(tuple(took)))
+    return Asked(what, callers, finished(model) - before, took)
 
 
 def finished(model: Model) -> int:

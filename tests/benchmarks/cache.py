@@ -19,9 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
-import httpx
 import numpy as np
 
 import models
@@ -31,6 +29,7 @@ from course.measure import Series
 from course.show import Cell, Table
 from local_cloud.scaling import semantic
 from local_cloud.scaling.cache import CachedApp, ResponseCache
+from local_cloud.scaling.reuse import ask_at_once
 from local_cloud.scaling.ring import BALANCE, Ring, prefix
 from model_api import create_app
 from serving.settings import Settings
@@ -67,30 +66,6 @@ def open_model(device: str) -> models.Model:
 # One answer for many.
 
 
-async def ask_at_once(app: Any, count: int) -> tuple[float, Series]:
-    """The same question from many callers; seconds for all, and of each."""
-    transport = httpx.ASGITransport(app)
-    question = {
-        "model": MODEL,
-        "messages": [{"role": "user", "content": "Why is the sky blue?"}],
-        "max_tokens": 24,
-    }
-    took: list[float] = []
-    async with httpx.AsyncClient(
-        transport=transport, base_url="http://api", timeout=120
-    ) as http:
-
-        async def one() -> None:
-            started = time.perf_counter()
-            answer = await http.post(CHAT, json=question)
-            answer.raise_for_status()
-            took.append(time.perf_counter() - started)
-
-        started = time.perf_counter()
-        await asyncio.gather(*(one() for _ in range(count)))
-        return time.perf_counter() - started, Series(tuple(took))
-
-
 def single_flight(run: lesson.Run) -> None:
     """A hundred at once: without a cache, with an empty one, with a full one."""
     run.predict(f"{AT_ONCE} equal requests at once cost one answer.")
@@ -101,7 +76,7 @@ def single_flight(run: lesson.Run) -> None:
     answers: list[int] = []
     for name, app in (("none", plain), ("empty", cached), ("full", cached)):
         before = sum(model.engine.snapshot().finished.values())
-        seconds, each = asyncio.run(ask_at_once(app, AT_ONCE))
+        seconds, each = asyncio.run(ask_at_once(app, MODEL, AT_ONCE, 24))
         answers.append(sum(model.engine.snapshot().finished.values()) - before)
         rows.append([name, answers[-1], 1000 * seconds, 1000 * each.median])
     columns = ["cache", ("answers", "of the model"), ("all", "ms"), ("median", "ms")]
