@@ -12,6 +12,7 @@ and its energy; real alerts from real faults, timed; a dashboard of one table.
 
 Run it:     python monitoring_setup.py              all four sections, a minute
             python monitoring_setup.py 3 --quick    one section, rough figures, soon
+            python monitoring_setup.py --watch URL  the dashboard of an API, live
             python monitoring_setup.py --deploy     write deploy/prometheus and grafana
 Import it:  from monitoring_setup import SLO, rules, detection_s, psi
 Needs:      pip install -r requirements.txt; real alerts also: Prometheus (README)
@@ -128,6 +129,7 @@ def signals(seen: Seen) -> list[list[Cell]]:
 
 
 def show_signals(run: Run, url: str) -> None:
+    run.predict("The buckets guess p99 from two edges; under an edge they are exact.")
     ask = partial(trials.small_talk, 12, ANSWER_TOKENS)
     seen = asyncio.run(light_load.load(url, ask, LOAD_PER_S, LOAD_S))
     columns = ["golden", "RED", "USE", "metric", "now", "unit"]

@@ -35,7 +35,7 @@ from model_api import create_app
 from serving.settings import Settings
 from tests.benchmarks import AFTER_LESSONS
 
-CHAT, MODEL = "/v1/chat/completions", "smollm2-135m-instruct"
+MODEL = "smollm2-135m-instruct"
 AT_ONCE = 100
 # Nearly twice as many beginnings as one replica keeps, and fewer than all three do. A
 # replica answers two at a time on one thread.
