@@ -393,6 +393,7 @@ class Engine:
         text += job.detokenizer.flush()
         if job.detokenizer.stopped and reason == "length":
             reason = "stop"  # the flush found a stop string
+        self._finished[reason] += 1  # first: who sees the row free sees it counted
         if job in self._active:
             self._leave(job)
         with self._work:
@@ -402,7 +403,6 @@ class Engine:
                 self._queue.remove(job)
         job.finish_reason = reason
         job.total_s = time.monotonic() - job.submitted
-        self._finished[reason] += 1
         if job.generated:
             self._answer_tokens = _smooth(self._answer_tokens, job.generated)
         self._put(job, Piece(text, tokens, reason))
