@@ -15,18 +15,16 @@ Run it:     python model_api.py              all four sections, under a minute
             python model_api.py --serve      the server, at http://127.0.0.1:8000
 Import it:  from model_api import create_app
 Needs:      pip install -r requirements.txt (the first run also builds the model)
-Next:       open http://127.0.0.1:8000 and watch the slots while you run section 2
+Next:       open http://127.0.0.1:8000 in two windows, ask in both, watch the slots
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import hashlib
 import hmac
 import math
 import secrets
-import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
@@ -44,14 +42,20 @@ from course.measure import Series
 from models.errors import EngineClosed, GrammarError, ModelError, PromptTooLong, TooLate
 from serving import answers, contract, health, pages, protocol, server, trials
 from serving.asgi import Edge
-from serving.errors import ApiError, failed_answer, http_error, invalid_request
+from serving.errors import (
+    ApiError,
+    failed_answer,
+    http_error,
+    invalid_request,
+    over_budget,
+)
 from serving.generate import generate
 from serving.idempotency import remembered
 from serving.limits import OverBudget, Reservation
 from serving.metrics import CONTENT_TYPE
 from serving.plan import plan_chat, plan_classification, plan_completion
 from serving.service import Service, service_of
-from serving.settings import ConfigurationError, Settings, is_loopback, load
+from serving.settings import Settings, is_loopback, load
 from serving.wire import ClientLeft, Wire
 
 if TYPE_CHECKING:
@@ -210,6 +214,9 @@ class DynamicBatcher:
             batch = await self.collect()
             try:
                 results = await self.run([item for item, _ in batch])
+                if (found := len(results)) != len(batch):
+                    text = f"run: expected a result a call, {len(batch)}, found {found}"
+                    raise ValueError(text)
             except Exception as error:
                 results = [error] * len(batch)  # the batch's failure is each caller's
             for (_, future), result in zip(batch, results, strict=True):
@@ -366,16 +373,17 @@ class Answer(Response):
         entry = await remembered(service.ledger, request, self.tenant)
         timeout_s = service.settings.send_timeout_s
         wire = Wire(send, timeout_s, request.state.request_id, entry)
-        if entry and entry.done:
-            await wire.replay(entry)
-            return
         try:
+            if entry and entry.done:
+                await wire.replay()
+                return
             whole = await unless_client_leaves(receive, self.work(wire))
             if entry and whole:
                 service.ledger.finish(entry)
         except ClientLeft:
             service.metrics.cancelled.inc()
         finally:
+            request.state.broken = wire.failed
             if entry:
                 service.ledger.abandon(entry)
 
@@ -481,23 +489,6 @@ class KeyedRoute(APIRoute):
         return keyed
 
 
-def over_budget(error: OverBudget) -> ApiError:
-    """429, and for clients that retry by themselves: not before the budget allows."""
-    text = (
-        f"Expected at most {error.limit:,} {error.kind} a minute from one key, found "
-        f"more with the {error.cost:,} of this request."
-    )
-    if error.retry_after_s is None:
-        text += " It can never fit: lower max_tokens or split it."
-        return ApiError(429, text, "request_too_large", headers=DO_NOT_RETRY)
-    after = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
-    code = f"{error.kind}_per_minute"
-    return ApiError(429, f"{text} Wait.", code, headers={**after, **DO_NOT_RETRY})
-
-
-DO_NOT_RETRY = {"x-should-retry": "false"}  # OpenAI's clients obey it
-
-
 def demo_keys(run: lesson.Run) -> None:
     """Try the door: without a key, with the wrong one, too often, all at once."""
     key, admin = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
@@ -530,40 +521,11 @@ def main(argv: list[str] | None = None) -> int:
         sections=SECTIONS,
         argv=argv,
         number=2,
-        model_digest=built,
+        model_digest=models.prepare,
         after="python model_api.py --serve, then open http://127.0.0.1:8000",
-        add_arguments=add_arguments,
-        instead=lambda arguments: serve(arguments) if arguments.serve else None,
+        add_arguments=server.add_arguments,
+        instead=partial(server.serve_if_asked, create_app),
     )
-
-
-def built(device: str) -> str:
-    """Build the model if this is the first run; gives its revision."""
-    try:
-        return models.prepare(device)
-    except ModelError as error:
-        sys.exit(str(error))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--serve", action="store_true", help="serve the API")
-    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
-
-
-def serve(arguments: argparse.Namespace) -> int:
-    """Serve until a signal comes; refuse to serve everyone by accident."""
-    try:
-        settings = load(**({"device": "cuda"} if arguments.device == "cuda" else {}))
-        settings.check_exposure(arguments.host)
-        app = create_app(settings)
-    except ConfigurationError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if not settings.keys():
-        notice = "Serving without API keys: whoever reaches this address may use it."
-        print(notice, flush=True)
-    return server.serve(app, host=arguments.host, port=arguments.port)
 
 
 if __name__ == "__main__":

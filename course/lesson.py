@@ -263,7 +263,7 @@ def _tell(
         try:
             with ExitStack() as stack:
                 stack.callback(teller.close)
-                digest = model_digest(teller.device) if model_digest else None
+                digest = model_digest and _digest(model_digest, teller.device)
                 record["machine"] = machine_card(model_digest=digest)
                 _open(record)
                 for number, section in chosen:
@@ -283,6 +283,14 @@ def _tell(
             code = 1
     record["seconds"] = round(watch.seconds, 3)
     return code
+
+
+def _digest(model_digest: Callable[[str], str], device: str) -> str:
+    """The model is got ready here: no network or no room is no bug of the lesson."""
+    try:
+        return model_digest(device)
+    except Exception as problem:
+        raise Failure(f"{type(problem).__name__}: {problem}") from problem
 
 
 def _open(record: report.Record) -> None:

@@ -142,6 +142,8 @@ class Engine:
                     or "engine: expected an open engine, found a closed one; "
                     "load the model again"
                 )
+            if not any(True for _ in self._jobs()):
+                self._step_ended = time.monotonic()  # idle until now, not stalled
             self._queue.append(job)
             self._work.notify()
         return job
@@ -231,9 +233,7 @@ class Engine:
             while not any(True for _ in self._jobs()):
                 if self._closing:
                     return False
-                self._step_ended = time.monotonic()
                 self._work.wait()
-                self._step_ended = time.monotonic()
         return True
 
     def _step(self) -> None:

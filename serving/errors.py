@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from serving.answers import error_body
+from serving.limits import OverBudget
 from serving.protocol import explain
 
 
@@ -58,6 +61,23 @@ def failed_answer(reason: str) -> ApiError:
         text = "The server is going away. Retry."
         return ApiError(503, text, "shutting_down", headers={"retry-after": "1"})
     return ApiError(500, "The engine failed on this answer. Retry.", "engine_failed")
+
+
+def over_budget(error: OverBudget) -> ApiError:
+    """429, and for clients that retry by themselves: not before the budget allows."""
+    text = (
+        f"Expected at most {error.limit:,} {error.kind} a minute from one key, found "
+        f"more with the {error.cost:,} of this request."
+    )
+    if error.retry_after_s is None:
+        text += " It can never fit: lower max_tokens or split it."
+        return ApiError(429, text, "request_too_large", headers=DO_NOT_RETRY)
+    after = {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+    code = f"{error.kind}_per_minute"
+    return ApiError(429, f"{text} Wait.", code, headers={**after, **DO_NOT_RETRY})
+
+
+DO_NOT_RETRY = {"x-should-retry": "false"}  # OpenAI's clients obey it
 
 
 def invalid_request(error: RequestValidationError) -> ApiError:

@@ -8,15 +8,20 @@ whoever the balancer still sends meanwhile gets a refused connection.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import math
 import signal
+import sys
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 import uvicorn
+
+from serving.settings import ConfigurationError, Settings, load
 
 LOG = logging.getLogger("uvicorn.error")
 
@@ -56,6 +61,32 @@ class DrainingServer(uvicorn.Server):
         self.loop.call_soon_threadsafe(
             self.loop.call_later, self.drain_s, super().handle_exit, sig, frame
         )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a program that can serve."""
+    parser.add_argument("--serve", action="store_true", help="serve the API")
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+
+
+def serve_if_asked(
+    create_app: Callable[[Settings], Any], arguments: argparse.Namespace
+) -> int | None:
+    """Serve until a signal comes; refuse to serve everyone by accident."""
+    if not arguments.serve:
+        return None
+    try:
+        settings = load(**({"device": "cuda"} if arguments.device == "cuda" else {}))
+        settings.check_exposure(arguments.host)
+        app = create_app(settings)
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not settings.keys():
+        notice = "Serving without API keys: whoever reaches this address may use it."
+        print(notice, flush=True)
+    return serve(app, host=arguments.host, port=arguments.port)
 
 
 def serve(app: Any, *, host: str, port: int) -> int:

@@ -32,6 +32,7 @@ class Wire:
         self._send, self.timeout_s = send, timeout_s
         self.request_id, self.entry = request_id, entry
         self.started = False
+        self.failed: int | None = None  # the status of an error that came too late
 
     async def whole(self, body: bytes, headers: dict[str, str]) -> None:
         """Send an answer in one piece."""
@@ -49,10 +50,13 @@ class Wire:
 
     async def broken(self, error: ApiError) -> None:
         """End a stream that failed: the error, and no [DONE]."""
+        self.failed = error.status
         await self._body(error_event(error.body(self.request_id)), more=False)
 
-    async def replay(self, entry: Entry) -> None:
-        """Send a remembered answer again."""
+    async def replay(self) -> None:
+        """Send the remembered answer again."""
+        entry, self.entry = self.entry, None  # a replay is not remembered in its turn
+        assert entry is not None
         body = b"".join(entry.chunks)
         await self._head({**entry.headers, "idempotent-replayed": "true"}, len(body))
         await self._body(body, more=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -100,7 +101,10 @@ def served(what: FastAPI) -> Iterator[str]:
     thread.start()
     try:
         until(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
+        listener = server.servers[0].sockets[0]
+        # Small, so that who stops reading an answer is noticed after little of it.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
+        port = listener.getsockname()[1]
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True

@@ -19,6 +19,11 @@ import pytest
 import models
 from course import process
 from models import build, weights
+from serving.settings import Settings
+
+# An exported API_KEYS or ROWS would change what is tested, in child processes too.
+for name in Settings.model_fields:
+    os.environ.pop(name.upper(), None)
 
 pytest_plugins = ["tests.container_fixtures"]
 ROOT = Path(__file__).parent.parent

@@ -550,3 +550,18 @@ def test_a_failed_batch_fails_its_callers_only():
         return answer
 
     assert run(work) == 2
+
+
+def test_a_batch_of_too_few_results_is_told_to_its_callers():
+    async def work():
+        async def forget_one(items):
+            return items[1:]
+
+        batcher = model_api.DynamicBatcher(forget_one, most=1, window_s=0)
+        serving = asyncio.create_task(batcher.serve())
+        for _ in range(2):  # the batcher lives on
+            with pytest.raises(ValueError, match="expected a result a call, 1, found"):
+                await batcher.submit(1)
+        serving.cancel()
+
+    run(work)

@@ -740,6 +740,12 @@ SECTIONS = [
 ]
 
 
+def digest(device):
+    if os.environ.get("TROUBLE") == "model":
+        raise OSError("model: expected 300 MB of room, found 3; make room")
+    return "digest-of-" + device
+
+
 def main(argv=None):
     return lesson.run(
         doc=__doc__,
@@ -748,7 +754,7 @@ def main(argv=None):
         after="Go on with the next lesson.",
         add_arguments=lambda parser: parser.add_argument("--serve"),
         instead=lambda a: print("serving", a.serve) or 7 if a.serve else None,
-        model_digest=lambda device: "digest-of-" + device,
+        model_digest=digest,
     )
 
 
@@ -874,6 +880,13 @@ def test_a_failing_demo_is_shown_and_kept(toy, tmp_path) -> None:
     last = saved(tmp_path)["sections"][-1]
     assert last["outcome"] == "failed"
     assert last["events"][-1]["text"] == "KeyError: 'a bug in the demo'"
+
+
+def test_a_model_that_cannot_be_had_is_told_and_is_no_bug(toy) -> None:
+    done = toy(env={"TROUBLE": "model"})
+    assert done.returncode == 1
+    assert "OSError: model: expected 300 MB of room, found 3; make room" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from tests.conftest import idle
 
 Answer = list[tuple[int, float]]  # token ids and their log-probabilities
 DEADLINE_S = 60.0  # of every wait: reached by a hang alone
+ENDLESS = {"max_tokens": 1900, "logit_bias": ((2, -100), (0, -100))}  # no end token
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -101,11 +102,12 @@ class Strangers:
 
     def __init__(self, model: models.Model, count: int) -> None:
         self._model, self._count, self._over = model, count, threading.Event()
+        self._begun: set[int] = set()
 
     def __enter__(self) -> Strangers:
         self._pool = ThreadPoolExecutor(self._count)
         self._callers = [self._pool.submit(self._call, i) for i in range(self._count)]
-        until(lambda: self._model.engine.snapshot().active >= self._count)
+        until(lambda: len(self._begun) == self._count)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,6 +122,7 @@ class Strangers:
             stream = self._request(choose)
             leaves_after = choose.choice([1, 5, 1000, 1000])  # pieces
             for place, _ in enumerate(stream):
+                self._begun.add(number)
                 if place >= leaves_after or self._over.is_set():
                     break
 
@@ -142,20 +145,27 @@ class Strangers:
 SUBJECTS = (cut(9), cut(40, 100), cut(129, 200), cut(257, 300))
 
 
-@cache
-def alone(subject: int) -> Answer:
-    """The answer to one of `SUBJECTS` in an engine that has nothing else to do."""
+@pytest.fixture(scope="module")
+def single() -> Iterator[models.Model]:
+    """An engine with a single row and no memory: nobody else is ever in it."""
     with models.load(rows=1, shelf=0) as model:
-        return answer(ask(model, SUBJECTS[subject], max_tokens=16))
+        yield model
+
+
+@pytest.fixture(scope="module")
+def alone(single: models.Model) -> list[Answer]:
+    return [answer(ask(single, ids, max_tokens=16)) for ids in SUBJECTS]
 
 
 @pytest.mark.parametrize("others", [7, 15, 31])
-def test_an_answer_is_the_same_among_others(model: models.Model, others: int):
+def test_an_answer_is_the_same_among_others(
+    model: models.Model, alone: list[Answer], others: int
+):
     # Four at once, so that each is among three known ones and the strangers.
     with Strangers(model, others - 3):
         tenant = f"among {others}"
         streams = [ask(model, ids, tenant=tenant, max_tokens=16) for ids in SUBJECTS]
-        assert [answer(stream) for stream in streams] == [alone(i) for i in range(4)]
+        assert [answer(stream) for stream in streams] == alone
     assert [stream.cached_tokens for stream in streams] == [0, 0, 0, 0]
 
 
@@ -164,9 +174,10 @@ def test_an_answer_is_the_same_among_others(model: models.Model, others: int):
 )
 def test_how_a_prompt_is_cut_changes_nothing(small: models.Model, length: int):
     alone = answer(ask(small, cut(length), max_tokens=3))  # chunks of up to 512
-    neighbour = ask(small, cut(20, 900), max_tokens=500, logit_bias=((2, -100),))
-    until(lambda: neighbour.completion_tokens)  # from now on, chunks of up to 128
+    neighbour = ask(small, cut(20, 900), **ENDLESS)
+    until(lambda: neighbour.completion_tokens)  # from now on, chunks of up to CHUNK
     assert answer(ask(small, cut(length), max_tokens=3)) == alone
+    assert neighbour.finish_reason is None
     neighbour.cancel()
 
 
@@ -197,19 +208,18 @@ def test_decode_computes_each_row_alike_in_batches_of_1_to_32():
         assert np.array_equal(one[0], crowd[row]), f"row {row} alone differs"
 
 
-@cache
-def cold() -> Answer:
+@pytest.fixture(scope="module")
+def cold(single: models.Model) -> Answer:
     """What follows 300 tokens that are all computed."""
-    with models.load(rows=1, shelf=0) as model:
-        return answer(ask(model, cut(300), max_tokens=5))
+    return answer(ask(single, cut(300), max_tokens=5))
 
 
 @pytest.mark.parametrize("shared", [16, 127, 128, 129, 170, 298, 299, 300])
-def test_a_prefix_hit_changes_nothing(model: models.Model, shared: int):
+def test_a_prefix_hit_changes_nothing(model: models.Model, cold: Answer, shared: int):
     before, tenant = cut(shared) + cut(300 - shared, 1000), f"prefix {shared}"
     answer(ask(model, before, tenant=tenant, max_tokens=1))
     hit = ask(model, cut(300), tenant=tenant, max_tokens=5)
-    assert answer(hit) == cold()
+    assert answer(hit) == cold
     # The two texts may go on alike by chance.
     assert min(shared, 298) <= hit.cached_tokens <= min(shared + 2, 298)
 
@@ -321,7 +331,7 @@ def cancel(leaver: SyncStream) -> tuple[int, int]:
 
 def test_cancelling_in_decode_frees_the_row_within_a_step(small: models.Model):
     expected = answer(ask(small, cut(25, 40), max_tokens=40))
-    leaver = ask(small, cut(25), max_tokens=1500, logit_bias=((2, -100), (0, -100)))
+    leaver = ask(small, cut(25), **ENDLESS)
     stayer = ask(small, cut(25, 40), max_tokens=40)
     pieces = iter(leaver)
     for _ in range(4):
@@ -336,21 +346,25 @@ def test_cancelling_in_decode_frees_the_row_within_a_step(small: models.Model):
 
 
 def test_cancelling_in_prefill_frees_the_row_within_a_step(small: models.Model):
-    expected = answer(ask(small, cut(25, 40), max_tokens=40))
-    stayer = ask(small, cut(25, 40), max_tokens=40)
+    sampling = {**ENDLESS, "max_tokens": 40}
+    expected = answer(ask(small, cut(25, 40), **sampling))
+    stayer = ask(small, cut(25, 40), **ENDLESS)
     until(lambda: stayer.completion_tokens > 0)
     leaver = ask(small, cut(2000))
     until(lambda: leaver._job.filled > 0)
     _, filled = cancel(leaver)
     assert [piece.finish_reason for piece in leaver] == ["cancelled"]
     assert leaver._job.filled <= filled + CHUNK < 2000
-    assert answer(stayer) == expected
+    until(lambda: stayer.completion_tokens >= 40)
+    stayer.cancel()
+    assert answer(stayer)[:40] == expected
 
 
 def test_cancelling_in_the_queue_leaves_the_others_alone(small: models.Model):
     prompts = [cut(20, 30 * place) for place in range(4)]
-    expected = [answer(ask(small, ids, max_tokens=40)) for ids in prompts]
-    running = [ask(small, ids, max_tokens=40) for ids in prompts]
+    sampling = {**ENDLESS, "max_tokens": 20}
+    expected = [answer(ask(small, ids, **sampling)) for ids in prompts]
+    running = [ask(small, ids, **ENDLESS) for ids in prompts]
     until(lambda: all(stream.completion_tokens for stream in running))
     waiting = [ask(small, cut(20, 500 + place), max_tokens=2) for place in range(3)]
     assert small.engine.snapshot().queued == 3
@@ -358,10 +372,23 @@ def test_cancelling_in_the_queue_leaves_the_others_alone(small: models.Model):
     waiting[1].cancel()
     assert [piece.finish_reason for piece in waiting[1]] == ["cancelled"]
     assert waiting[1].completion_tokens == waiting[1]._job.filled == 0
-    assert [answer(stream) for stream in running] == expected
+    until(lambda: all(stream.completion_tokens >= 20 for stream in running))
+    for stream in running:
+        stream.cancel()
+    assert [answer(stream)[:20] for stream in running] == expected
     for stream in (waiting[0], waiting[2]):
         assert answer(stream)
         assert stream.queued_s > 0
+
+
+def test_work_after_an_idle_hour_is_no_stall(small: models.Model):
+    engine = small.engine
+    with engine._work:  # the engine's thread cannot begin before this block ends
+        engine._step_ended -= 3600
+        stream = ask(small, cut(20), max_tokens=2)
+        assert engine.snapshot().queued == 1
+        assert engine.snapshot().stalled_s < 60
+    answer(stream)
 
 
 def test_cancelling_twice_or_too_late_is_harmless(small: models.Model):
@@ -374,12 +401,12 @@ def test_cancelling_twice_or_too_late_is_harmless(small: models.Model):
 
 
 def test_a_deadline_ends_an_answer_with_its_text_so_far(small: models.Model):
-    asked = {"max_tokens": 1900, "logit_bias": ((2, -100), (0, -100))}
-    late = ask(small, cut(20), deadline_s=1.0, **asked)
+    late = ask(small, cut(20), deadline_s=3600, **ENDLESS)
+    until(lambda: late.completion_tokens >= 5)
+    late._job.deadline = 0.0  # an hour has passed
     found = text(late)
     assert late.finish_reason == "deadline"
-    assert 0 < late.completion_tokens < 1900
-    asked["max_tokens"] = late.completion_tokens
+    asked = {**ENDLESS, "max_tokens": late.completion_tokens}
     assert found == text(ask(small, cut(20), **asked))
 
 
@@ -389,7 +416,7 @@ def test_a_deadline_passes_in_the_queue_too(small: models.Model):
 
 
 def test_a_stream_left_halfway_frees_its_row(small: models.Model):
-    stream = ask(small, cut(20), max_tokens=1900, logit_bias=((2, -100), (0, -100)))
+    stream = ask(small, cut(20), **ENDLESS)
     for _ in stream:
         break
     until(lambda: not small.engine.snapshot().active)
