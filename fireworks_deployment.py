@@ -52,7 +52,7 @@ from local_cloud.fireworks.prices import (
     Tokens,
 )
 from local_cloud.fireworks.traffic import Hour
-from local_cloud.functions.costs import FARGATE_X86, HOUR_S, container_cost
+from local_cloud.functions.costs import HOUR_S
 
 if TYPE_CHECKING:
     from local_cloud.fireworks.app import Served
@@ -158,7 +158,8 @@ class Patience:
     limit_s: float = 60.0  # a rate limit, all its 429s together
 
 
-FIRST_WAIT_S, WAIT_GROWTH, LONGEST_WAIT_S = 5.0, 1.5, 60.0  # between two 503s
+# Between two refusals, 503 or 429, that do not say how long.
+FIRST_WAIT_S, WAIT_GROWTH, LONGEST_WAIT_S = 5.0, 1.5, 60.0
 
 
 @dataclass
@@ -247,22 +248,27 @@ def deployed(
     """Deploy a function for the length of the block; gives the name to ask for.
 
     The id is chosen here, not by the service: so it can be deleted even if the answer
-    to its creation never came.
+    to its creation never came. Only a refusal leaves nothing to delete.
 
     Raises:
         live.LeftRunning: it could not be deleted; the message is what to type.
     """
     id = f"{function.name}-{secrets.token_hex(4)}"
-    try:
-        client.deployments.create(
-            base_model=function.model, deployment_id=id, **function.scaling.arguments()
-        )
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(live.delete, client, id)
+        try:
+            policy = function.scaling.arguments()
+            client.deployments.create(
+                base_model=function.model, deployment_id=id, **policy
+            )
+        except fireworks.APIStatusError as problem:
+            if live.refused(problem):
+                at_the_end.pop_all()
+            raise
         live.wait_until_ready(
             client, id, within_s=ready_s, every_s=FIRST_WAIT_S, sleep=sleep
         )
         yield f"accounts/{client.account_id}/deployments/{id}"
-    finally:
-        live.delete(client, id)
 
 
 TRIAGE = Function(
@@ -319,28 +325,20 @@ TICKETS = (
 def go_live(
     function: Function = TRIAGE,
     *,
-    cap: live.Cap | None = None,
-    ask: Callable[[str], str] = input,
-    say: Callable[[str], Any] = print,
     sleep: Callable[[float], Any] = time.sleep,
+    **how: Any,
 ) -> int:
-    """The same function on the real service; gives the exit code, as `live.run`."""
+    """The same function on the real service; `how` and the exit code: `live.run`."""
 
-    def work(client: Fireworks, lasts_s: float) -> None:
+    def work(client: Fireworks, lasts_s: float, say: Callable[[str], Any]) -> None:
         careful = Careful(client, patience=Patience(30, 60, lasts_s), sleep=sleep)
         careful.log = lambda call: say(call.line())
         with deployed(client, function, ready_s=lasts_s, sleep=sleep) as name:
             for ticket in TICKETS:
                 say(f"{ticket} -> {function(careful, ticket, name)}")
 
-    return live.run(
-        work,
-        what=f"one deployment of {function.model} on {function.scaling.gpu}",
-        usd_per_hour=function.scaling.usd_per_hour,
-        cap=cap or live.Cap(),
-        ask=ask,
-        say=say,
-    )
+    what = f"one deployment of {function.model} on {function.scaling.gpu}"
+    return live.run(work, what, function.scaling.usd_per_hour, **how)
 
 
 def careful_of(run: Run, **options: Any) -> Careful:
@@ -439,13 +437,6 @@ def route(now: Situation, promise: Promise) -> Route:
     return Route("nowhere", f"{trouble}, {lack}")
 
 
-SLOTS = 8  # answers the local model makes at once
-LOCAL_HOUR = container_cost(HOUR_S, vcpus=2, memory_gb=4, price=FARGATE_X86)
-CLOUD_S = 0.8  # a whole answer of the cloud: emulated, your log has yours
-LOCAL_DOWN = (10 * HOUR_S, 10.25 * HOUR_S)  # a quarter of an hour for an update
-CLOUD_DOWN = (15 * HOUR_S, 15.5 * HOUR_S)  # half an hour of somebody else's trouble
-
-
 def demo_cost(run: Run) -> None:
     """What a day costs with each way to pay, and what a local model changes."""
     day = getattr(run.arguments, "trace", None) or traffic.read()
@@ -459,32 +450,25 @@ def demo_cost(run: Run) -> None:
     models_of = {"up to 4B": UP_TO_4B, "gpt-oss-120b": SERVERLESS["gpt-oss-120b"]}
     told = {name: day_bills(day, a_call, p, own) for name, p in models_of.items()}
     run.table(bills.table(told, day, a_call))
-    calls_usd = {name: a_call.dollars(price) for name, price in models_of.items()}
-    calls_usd["up to 4B, by batch"] = a_call.dollars(UP_TO_4B, known=False, batch=True)
     hour, busiest = own.usd_per_hour, max(h.calls for h in day)
-    drawn = partial(
-        bills.draw_break_even, calls_usd=calls_usd, usd_per_hour=hour, busiest=busiest
+    run.picture(
+        bills.break_even_picture(models_of, a_call, hour, busiest), "break-even"
     )
-    run.picture(drawn, "break-even")
     run.conclude(
         f"The GPU, at {hour:.2f} dollars an hour, pays from "
-        f"{break_even(hour, calls_usd['up to 4B']):,.0f} calls an hour on; the busiest "
-        f"hour of the day has {busiest:,}."
+        f"{break_even(hour, a_call.dollars(UP_TO_4B)):,.0f} calls an hour on; the "
+        f"busiest hour of the day has {busiest:,}."
     )
     demo_hybrid(run, day, a_call)
 
 
 def demo_hybrid(run: Run, day: Sequence[Hour], a_call: Tokens) -> None:
     """Send both sides more than the local one can do; then replay the day."""
-    cloud, call_usd = cloud_of(run), a_call.dollars(UP_TO_4B)
-    ask = trials.local(cloud, TRIAGE.messages, TRIAGE.options())
-    service_s = trials.service_times(ask, SLOTS, rounds=1 if run.quick else 3)
-    sides = hybrid.Sides(
-        SLOTS, service_s, LOCAL_HOUR, CLOUD_S, call_usd, LOCAL_DOWN, CLOUD_DOWN
-    )
+    cloud, far = cloud_of(run), partial(TRIAGE, careful_of(run))
+    near = trials.local(cloud, TRIAGE.messages, TRIAGE.options())
+    sides = trials.sides(near, a_call.dollars(UP_TO_4B), rounds=1 if run.quick else 3)
     hasty = Promise(soon_s=1.5 * sides.typical_s, late_s=60)
-    far = partial(TRIAGE, careful_of(run))
-    log = trials.burst(cloud, ask, far, partial(route, promise=hasty), sides)
+    log = trials.burst(cloud, near, far, partial(route, promise=hasty), sides)
     run.table(trials.decisions(log))
     run.say(log[-1].line())
     times = traffic.arrivals(day)

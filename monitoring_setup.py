@@ -24,18 +24,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
-import json
 import logging
 import math
-import re
 import secrets
-import time
 from collections.abc import Sequence
 from contextlib import closing
-from datetime import UTC, datetime
 from functools import partial
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,24 +37,24 @@ import numpy as np
 import models
 from course import lesson
 from course.lesson import Run
-from course.machine import cpu_quota
 from course.show import Cell, Table, number
 from local_cloud.monitoring import (
     deployed,
     drill,
     energy,
-    grafana,
     light_load,
     logs,
     stack,
     terminal,
     traces,
 )
+from local_cloud.monitoring.curves import Curves
 from local_cloud.monitoring.drift import WINDOW
 from local_cloud.monitoring.energy import Interval
-from local_cloud.monitoring.ground import Ground
+from local_cloud.monitoring.ground import RATE
 from local_cloud.monitoring.light_load import CODE, ENGLISH, Seen, load
 from local_cloud.monitoring.live import served
+from local_cloud.monitoring.logs import JsonLines
 from local_cloud.monitoring.objectives import (
     DAY_S,
     FAST_BURN,
@@ -72,7 +66,14 @@ from local_cloud.monitoring.objectives import (
     within,
 )
 from local_cloud.monitoring.panels import Panel, Scraped, Watch, expressions
-from local_cloud.monitoring.rule_groups import alert, causes, group
+from local_cloud.monitoring.rule_groups import (
+    burn_alert,
+    causes,
+    events_name,
+    group,
+    ratio_name,
+    recorded,
+)
 from local_cloud.monitoring.rule_tests import RuleTest, burn_tests, cause_tests
 from local_cloud.monitoring.scrape import quantile
 from local_cloud.monitoring.traces import SQLiteSpans, Tracing
@@ -80,9 +81,6 @@ from model_api import create_app
 from serving import trials
 from serving.metrics import FIRST_TOKEN_S, PER_TOKEN_S
 from serving.settings import Settings
-from serving.telemetry import CURRENT
-
-DEPLOY = Path(__file__).resolve().parent / "deploy"
 
 # ## Performance metrics collection
 #
@@ -150,8 +148,10 @@ def show_signals(run: Run, url: str) -> None:
 # fluently as before. Nobody labels traffic, so its distribution is compared with that
 # of better days, by the population stability index of binned counts. Rules of thumb
 # (0.1, 0.25) ignore how noisy a sample is. The limit here is what one window in a
-# hundred exceeds without drift, so the alert waits for two. `DriftCollector` exports
-# both: model_input_drift_psi, model_input_drift_limit.
+# hundred exceeds without drift. A window slides and forgets slowly, so that the alert
+# waits ten minutes, for much of it to be new. An API exports drift once its operator
+# has said which days were the better ones (`drift.watch_prompts`), and rules on it are
+# deployed only then (`--deploy --drift`): their silence would look like peace.
 
 
 def psi(baseline: Sequence[float], window: Sequence[float]) -> float:
@@ -168,14 +168,9 @@ def show_drift(run: Run, url: str) -> None:
     as_before = {} if run.quick else {"as before": ENGLISH}
     people = {"baseline": ENGLISH, **as_before, "pasting code": CODE}
     asked = light_load.windows(url, trials.NAME, people, WINDOW)
-    rows: list[list[Cell]] = []
-    found = []
-    for feature, who, watch in light_load.watched(asked, psi):
-        rows.append([feature, who, watch.value(), watch.limit])
-        found += [f"{feature} ({who})"] if watch.value() > watch.limit else []
-    columns = ["feature", "users", "PSI", "limit, p99 without drift"]
-    run.table(Table(f"Drift, windows of {WINDOW} answers", columns, rows))
-    run.conclude(f"Over the limit: {', '.join(found) or 'nothing'}.")
+    scores, over = light_load.scores(asked, psi)
+    run.table(scores)
+    run.conclude(f"Over the limit: {', '.join(over) or 'nothing'}.")
 
 
 # Energy is an interval where nothing measures it, as in a virtual machine. Between two
@@ -199,13 +194,8 @@ def show_energy(run: Run, url: str) -> None:
     ask = partial(trials.small_talk, 3, ANSWER_TOKENS)
     turns = 3 if run.quick else 6
     alone, together = light_load.in_turns(url, ask, meter, 8, turns)
-    rows: list[list[Cell]] = []
-    for name, works in (("one at a time", alone), ("eight at once", together)):
-        token = light_load.middle(works)
-        grams = sci(token.joules * 1000, token.seconds * 1000 * cpu_quota())
-        rows.append([name, str(token.joules), str(grams), turns])
-    columns = ["answers", ("energy", "J/token"), ("SCI", "g/1,000 tokens"), "n"]
-    run.table(Table(f"Energy by {meter.method}", columns, rows))
+    ways = {"one at a time": alone, "eight at once": together}
+    run.table(light_load.per_token(ways, sci, f"Energy by {meter.method}"))
     ratio = light_load.ratio(alone, together)
     run.conclude(f"A token alone takes, of the energy of one among eight: {ratio}.")
 
@@ -244,56 +234,7 @@ def worth_keeping(
 # Prompts and answers stand in no line and no span; they are the callers'. Secrets get
 # in by accident, with a header or an exception's text, so all that leaves is looked
 # through: for their names, for their shapes, and for the keys that the server knows.
-
-SECRET_NAME = re.compile(
-    r"(?i)authorization|cookie|passw|secret|credential|(api|private).?key|token$"
-)
-SECRET = re.compile(
-    r"""(?isx)
-    (?P<rest> (?:authorization|cookie) ["'\\]* \s*[:=,]\s* b?["'\\]* ) [^"'\\\r\n]+
-    | (?P<pair> (?:passw\w{0,9}|secret\w{0,9}|credentials?|(?:api|private).?key
-        |(?:access|auth|session).?token) ["'\\]* \s*[:=]\s* b?["'\\]* ) [^\s"'\\,;&]+
-    | (?P<kind> \b(?:bearer|basic)\s+ ) [^\s"'\\,]{6,}
-    | (?P<user> ://[^\s/:@]*: ) [^\s/@]+ (?=@)
-    | \b(?:sk|pk|rk|fw|hf|gh[a-z]|xox[a-z]|glpat)[-_][\w-]{8,} | \bAKIA\w{12,}
-    | \beyJ[\w-]+\.[\w-]+\.[\w-]*  # a JSON web token
-    | -----BEGIN\ [A-Z\ ]*KEY-----.*?(?:-----END[^-]*-----|\Z)
-    | (?<![\w-])(?=[\w-]*\d)(?=[\w-]*[a-z])[\w-]{40,}  # long and random; ids have 32
-    """
-)
-
-
-class JsonLines(logging.Formatter):
-    """The one formatter: any record becomes one line of JSON, with the trace's ids."""
-
-    usual = frozenset(logging.makeLogRecord({}).__dict__) | {"taskName"}
-
-    def __init__(self, known_secrets: Sequence[str] = ()):
-        super().__init__()
-        self.known = [secret for secret in known_secrets if secret]
-
-    def hide(self, text: str) -> str:
-        for secret in self.known:
-            text = text.replace(secret, "[redacted]")
-        if len(text) < 40 and text.isalnum() and text[:4] != "AKIA":
-            return text  # a word or an id: no form fits, and most values are such
-        return SECRET.sub(r"\g<rest>\g<pair>\g<kind>\g<user>[redacted]", text)
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Never raises: what cannot be said is described."""
-        when = datetime.fromtimestamp(record.created, UTC).isoformat()
-        told: dict[str, Any] = {"level": record.levelname, "logger": record.name}
-        told["message"] = logs.message(record)
-        if trace := CURRENT.get():
-            ids = ("trace_id", "span_id", "request_id")
-            told |= {name: getattr(trace, name, None) for name in ids}
-        told |= {k: v for k, v in record.__dict__.items() if k not in self.usual}
-        if record.exc_info:
-            told["exception"] = self.formatException(record.exc_info)
-        if record.stack_info:
-            told["stack"] = record.stack_info
-        told = logs.plain(told, self.hide, SECRET_NAME)
-        return json.dumps({"time": when, **told})
+# That is `JsonLines`, the one formatter, in `logs.py`.
 
 
 def demo_tracing(run: Run) -> None:
@@ -314,13 +255,9 @@ def demo_tracing(run: Run) -> None:
         said = next(s for s in written.getvalue().splitlines() if trace_id in s)
         run.say(f"Its log line: {said}")
         run.say(f"Its exemplar: {exemplar}")
-        tracing.keep, before = worth_keeping, len(store.roots())
-        asyncio.run(trials.mixed(url, good=190, refused=10))
+        tracing.keep = worth_keeping
+        run.table(light_load.sampled(url, tracing, store, good=190, refused=10))
         logging.getLogger("serving").info("headers: %s", {"x-api-key": "hunter2"})
-        tracing.flush()
-        kept = [root.error for root in store.roots()[before:]]
-        rows = [["answered", 190, kept.count(None)], ["refused", 10, kept.count("429")]]
-        run.table(Table("What sampling keeps", ["requests", "sent", "traces"], rows))
         run.say(f"A secret in a log line: {written.getvalue().splitlines()[-1]}")
         count = 200 if run.quick else 1000
         added_s, answer_s = trials.watching_s(model, tracing, count)
@@ -336,7 +273,8 @@ def demo_tracing(run: Run) -> None:
 # content, and sleeps through what nobody thought of. So the promise to the users is
 # what alarms. What it lets fail is a budget, and the question is how fast that burns: a
 # burn of 1 spends the budget of 30 days in 30 days. The four pairs of windows below are
-# those of Google's SRE workbook, chapter 5; each fires when a part of it is gone.
+# those of Google's SRE workbook, chapter 5; each fires when a part of it is gone. The
+# long window says that it matters, the short one that it goes on.
 
 ANSWERS = {"http_route": "~/v1/.*", "http_request_method": "POST"}  # no health checks
 HTTP = "http_server_request_duration_seconds_count"
@@ -367,6 +305,8 @@ WINDOWS = (
     Window("ticket", 3, DAY_S, 2 * HOUR_S),  # 10 %
     Window("ticket", 1, 3 * DAY_S, 6 * HOUR_S),  # 10 %
 )
+# At night one failure among six requests would be a burn of 17, and wake somebody.
+LEAST = 20  # requests in the long window, or no share of them is worth a word
 
 
 def error_ratio(slo: SLO, window_s: float) -> str:
@@ -382,6 +322,12 @@ def error_ratio(slo: SLO, window_s: float) -> str:
         return f"1 - {rate(slo.good)} / {rate(slo.total)}"
     assert slo.bad is not None  # an SLO counts one or the other
     return f"{rate(slo.bad)} / {rate(slo.total)}"
+
+
+def events(slo: SLO, window_s: float) -> str:
+    """How many events a window holds: of a handful no share says anything."""
+    total = f"{slo.total.promql()}[{promql_time(window_s)}]"
+    return f"sum by (job) (increase({total}))"
 
 
 def detection_s(
@@ -408,44 +354,13 @@ def rules(slo: SLO, scale: float = 1.0) -> dict[str, Any]:
     """The group of Prometheus rules that keeps watch over one objective.
 
     `scale` shortens time and nothing else: 1 is production, 60 makes minutes seconds.
-    The names of the recorded ratios say the windows of production at any scale.
+    The names of what is recorded say the windows of production at any scale.
     """
-    spans = sorted({s for w in WINDOWS for s in (w.long_s, w.short_s)})
-    labels = {"slo": slo.name}
-    recorded = [
-        {"record": ratio_name(s), "expr": error_ratio(slo, s / scale), "labels": labels}
-        for s in spans
-    ]
-    alerts = [burn_alert(slo, severity) for severity in ("page", "ticket")]
-    return group(slo.name, [*recorded, *alerts], scale)
-
-
-def alert_name(slo: SLO) -> str:
-    """The name of both of its alerts: the page and the ticket differ in severity."""
-    return f"{slo.name.title().replace('_', '')}Burn"
-
-
-def ratio_name(window_s: float) -> str:
-    return f"slo:error_ratio:rate{promql_time(window_s)}"
-
-
-def burn_alert(slo: SLO, severity: str) -> dict[str, Any]:
-    """One alert for all windows of a severity: any pair of them, but both of a pair."""
-
-    def burning(window: Window) -> str:
-        above = f'{{slo="{slo.name}"}} > {window.burn * slo.budget:.6g}'
-        spans = (window.long_s, window.short_s)
-        return " and ".join(ratio_name(s) + above for s in spans)
-
-    pairs = [f"({burning(w)})" for w in WINDOWS if w.severity == severity]
-    return alert(
-        alert_name(slo),
-        severity,
-        " or ".join(pairs),
-        f"promised: {slo.objective:.4g} of {slo.description}; "
-        "{{ $value | humanizePercentage }} are not",
-        slo=slo.name,
-    )
+    spans = {s for w in WINDOWS for s in (w.long_s, w.short_s)}
+    kept = {ratio_name(s): error_ratio(slo, s / scale) for s in sorted(spans)}
+    kept |= {events_name(w.long_s): events(slo, w.long_s / scale) for w in WINDOWS}
+    alerts = [burn_alert(slo, way, WINDOWS, LEAST) for way in ("page", "ticket")]
+    return group(slo.name, [*recorded(slo, kept), *alerts], scale)
 
 
 # Some alerts are on causes all the same: what no request can tell, because none gets
@@ -462,18 +377,21 @@ def groups(scale: float = 1.0) -> list[dict[str, Any]]:
 
 def rule_tests() -> list[RuleTest]:
     """What promtool tries the rules of production by."""
-    made = [burn_tests(slo, WINDOWS, alert_name(slo)) for slo in SLOS]
-    return [*chain.from_iterable(made), *cause_tests()]
+    return [
+        *(t for slo in SLOS for t in burn_tests(slo, WINDOWS, LEAST)),
+        *cause_tests(),
+    ]
 
 
 # The demonstration makes an hour half a minute, so that alerts also end within sight.
 DEMO_SCALE = 120.0
 DEMO_HISTORY_S = 6.0  # of good traffic before anything breaks
+DEMO_SHARE = 0.3  # of requests that fail; if all did, it would be found at once
 
 
-def predict_s(history_s: float) -> float:
-    """When availability pages, if from now on all requests fail."""
-    return detection_s(SLOS[0], 1.0, DEMO_SCALE, history_s)
+def due_s(share_of_errors: float, history_s: float) -> float:
+    """When availability pages in the demonstration, after so long a past."""
+    return detection_s(SLOS[0], share_of_errors, DEMO_SCALE, history_s)
 
 
 def demo_alerts(run: Run) -> None:
@@ -481,31 +399,25 @@ def demo_alerts(run: Run) -> None:
     if missing := stack.found():
         run.skip(f"the real Prometheus: {missing.partition(';')[0]}", stack.INSTALL)
         run.say("The portable evaluator takes its place, with the same rules.")
-    late_s = 2 * INTERVAL_S / DEMO_SCALE  # of a scrape and a look at the rules
+    late_s = 2 * INTERVAL_S / DEMO_SCALE + 1 / (DEMO_SHARE * RATE)
+    soon_s = due_s(DEMO_SHARE, DEMO_HISTORY_S)
     run.predict(
-        f"If all fails, a page after {predict_s(DEMO_HISTORY_S):.1f} s and up to "
-        f"{late_s:.1f} s more, to be scraped and looked at. If one request fails, none."
+        f"If {DEMO_SHARE:.0%} fail, a page after {soon_s:.1f} s and up to "
+        f"{late_s:.1f} s more: for the next to fail, to be scraped and looked at. "
+        "If one request fails, none."
     )
-    jobs = {"errors": "api", "blip": "api", "stopped": "api-2"}
-    with (
-        run.progress("drill"),
-        Ground(groups(DEMO_SCALE), jobs, scale=DEMO_SCALE, edges_s=(2.5,)) as ground,
-    ):
-        time.sleep(DEMO_HISTORY_S)
-        faults = [
-            drill.errors(ground, "errors", 1.0, predict_s),
-            drill.freeze(ground, "stopped", predict_s),
-            drill.blip(ground, "blip", 1, predict_s),
-        ]
-        told = drill.run(ground, faults, DEMO_HISTORY_S)
-        ratio = f'{ratio_name(6 * HOUR_S)}{{slo="{SLOS[0].name}"}}'
-        curves = drill.burn_curves(ground, told, ratio, SLOS[0].budget)
-    by = type(ground.watch).__name__
-    run.table(drill.table(told, f"The drill at scale {DEMO_SCALE:g}, by {by}"))
-    run.picture(partial(drill.draw, curves=curves, outcomes=told, limit=6), "drill")
-    apart = [f"{one.late_s:+.1f} s" for one in told if one.late_s and one.fault.barred]
+    ratio = f'{ratio_name(6 * HOUR_S)}{{slo="{SLOS[0].name}"}}'
+    plan = drill.Plan(groups(DEMO_SCALE), DEMO_SCALE, DEMO_HISTORY_S, DEMO_SHARE, due_s)
+    with run.progress("drill"):
+        told = drill.rehearse(plan, ratio, SLOS[0].budget)
+    came = told.outcomes
+    run.table(drill.table(came, f"The drill at scale {DEMO_SCALE:g}, by {told.by}"))
+    run.say(f"The page of the errors: {told.page or 'none'}")
+    picture = partial(drill.draw, curves=told.curves, outcomes=came, limit=6)
+    run.picture(picture, "drill")
+    apart = [f"{one.late_s:+.1f} s" for one in came if one.late_s and one.fault.barred]
     run.conclude(
-        f"Of {len(told)} faults {sum(one.good for one in told)} went as promised; "
+        f"Of {len(came)} faults {sum(one.good for one in came)} went as promised; "
         f"alerts came {' and '.join(apart) or 'never, not'} beside their predictions."
     )
 
@@ -517,32 +429,21 @@ def demo_alerts(run: Run) -> None:
 # (queue, rows, processor, memory)? Questions and PromQL stand once, in one table that a
 # page, a terminal and Grafana draw. `scale` shortens time, as it does for the rules.
 
-JOB = {"job": "api"}  # an edge in front has metrics of the same names
+JOB = "api"  # an edge in front has metrics of the same names
 PER_TOKEN = "gen_ai_server_time_per_output_token_seconds"
 LIVE_SCALE = 30.0  # five minutes are ten seconds: a page that moves while one looks
 
 
 def panels(scale: float = 1.0) -> list[Panel]:
     """The dashboard. Each expression gives one number, or nothing."""
-    span = promql_time(5 * MINUTE_S / scale)
-
-    def now(metric: str) -> str:
-        return f"sum({Selector(metric, JOB).promql()})"
-
-    def rate(metric: str, code: str = "", by: str = "") -> str:
-        matchers = JOB | (ANSWERS if metric == HTTP else {})
-        matchers |= {"http_response_status_code": code} if code else {}
-        return f"sum{by}(rate({Selector(metric, matchers).promql()}[{span}]))"
+    ask = Curves(JOB, promql_time(5 * MINUTE_S / scale))
+    requests = ask.rate(HTTP, ANSWERS)
 
     def ended(code: str) -> str:
         # Pitfall: before the first failure there is no series of failures, and a panel
         # without data looks like a dead server's. Cure: zero while there are requests.
-        return f"({rate(HTTP, code)} or 0 * {rate(HTTP)})"
-
-    def quantiles(histogram: str) -> dict[str, str]:
-        buckets = rate(f"{histogram}_bucket", by=" by (le) ")
-        shares = {"median": 0.5, "99th percentile": 0.99}
-        return {k: f"histogram_quantile({q}, {buckets})" for k, q in shares.items()}
+        some = ask.rate(HTTP, ANSWERS | {"http_response_status_code": code})
+        return f"({some} or 0 * {requests})"
 
     def burn(slo: SLO, window_s: float) -> str:
         window = promql_time(window_s / scale)
@@ -550,24 +451,25 @@ def panels(scale: float = 1.0) -> list[Panel]:
         worst = f"max({error_ratio(slo, window_s / scale)} or {none})"
         return f"{worst} / {slo.budget:.6g}"
 
-    active, rows = now("engine_active_rows"), now("engine_rows")
+    active, rows = ask.now("engine_active_rows"), ask.now("engine_rows")
     codes = {"answered": "~2..", "refused": "~4..", "failed": "~5.."}
     ends = {name: ended(code) for name, code in codes.items()}
-    errors = {"failed": f"{ends['failed']} / {rate(HTTP)}"}
+    errors = {"failed": f"{ends['failed']} / {requests}"}
     fast = {slo.name: burn(slo, HOUR_S) for slo in SLOS}
     left = {slo.name: f"1 - {burn(slo, slo.period_s)}" for slo in SLOS}
-    written = rate("engine_generated_tokens_total")
-    tokens = {"written": written, "read": rate("engine_prompt_tokens_total")}
-    waiting = {"waiting": now("engine_queued_requests")}
-    used = {"used": rate("process_cpu_seconds_total")}
-    memory = {"resident": now("process_resident_memory_bytes")}
+    written = ask.rate("engine_generated_tokens_total")
+    tokens = {"written": written, "read": ask.rate("engine_prompt_tokens_total")}
+    waiting = {"waiting": ask.now("engine_queued_requests")}
+    used = {"used": ask.rate("process_cpu_seconds_total")}
+    memory = {"resident": ask.now("process_resident_memory_bytes")}
+    first, pace = ask.quantiles(FIRST_TOKEN), ask.quantiles(PER_TOKEN)
     return [
         Panel("Burn rate", "x", "Will the budget last? 1 is just enough", fast),
         Panel("Budget left", "%", "May a release be risked?", left, "gauge"),
         Panel("Requests", "req/s", "How many, and how do they end?", ends),
         Panel("Errors", "%", "What share fails?", errors),
-        Panel("First token", "s", "When does it show?", quantiles(FIRST_TOKEN)),
-        Panel("Time per token", "s", "Does it keep pace?", quantiles(PER_TOKEN)),
+        Panel("First token", "s", "When does it show?", first),
+        Panel("Time per token", "s", "Does it keep pace?", pace),
         Panel("Tokens", "tokens/s", "How much is done?", tokens),
         Panel("Queue", "requests", "Does work wait?", waiting),
         Panel("Rows", "rows", "How many at once?", {"active": active, "all": rows}),
@@ -614,23 +516,8 @@ def main(argv: list[str] | None = None) -> int:
         argv=argv,
         number=6,
         after="python -m course report",
-        add_arguments=add_arguments,
+        add_arguments=partial(terminal.add_arguments, scale_now=LIVE_SCALE),
         instead=instead,
-    )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--deploy", action="store_true", help="write deploy/prometheus and grafana"
-    )
-    parser.add_argument(
-        "--watch", metavar="URL", help="the dashboard of an API or a Prometheus, live"
-    )
-    parser.add_argument(
-        "--scale",
-        type=float,
-        default=LIVE_SCALE,
-        help="of its windows: 1 is production's (default: %(default)g)",
     )
 
 
@@ -638,19 +525,10 @@ def instead(arguments: argparse.Namespace) -> int | None:
     """What is asked for in place of the lesson; gives the exit code."""
     if arguments.watch:
         return terminal.show(arguments.watch, panels(arguments.scale))
-    return write_deploy() if arguments.deploy else None
-
-
-def write_deploy() -> int:
-    """Write all generated files; gives the exit code."""
-    written = {f"grafana/{name}": t for name, t in grafana.files(PANELS).items()}
-    for name, text in deployed.files(groups(), rule_tests()).items():
-        written[f"prometheus/{name}"] = text
-    for name, text in written.items():
-        path = DEPLOY / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
-    return 0
+    if arguments.deploy:
+        deployed.write(groups(), rule_tests(), PANELS, drift=arguments.drift)
+        return 0
+    return None
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ Next:       replay your own traffic: simulate(arrivals, services, fleet, picker)
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,22 +30,33 @@ import numpy as np
 
 from course import lesson
 from course.lesson import Run
-from course.show import Table
-from local_cloud.scaling import deployment, releases, reuse, theory, traffic, trials
-from local_cloud.scaling.planning import cheapest, cost_per_1000
+from local_cloud.scaling import (
+    day,
+    deployment,
+    releases,
+    reuse,
+    shapes,
+    traffic,
+    trials,
+)
+from local_cloud.scaling import peak as peaks
 from local_cloud.scaling.policies import (
     ROUNDING,
     Autoscaler,
+    Grace,
     Limit,
     Load,
+    Looks,
     Pace,
     Picker,
     Rules,
     check_bounds,
+    check_least,
+    filled,
+    least_from,
     within,
 )
 from local_cloud.scaling.simulator import Fleet, Overflow, Trace, simulate
-from local_cloud.scaling.standin import NOTICE
 
 if TYPE_CHECKING:
     from local_cloud.scaling.kubernetes import Manifest
@@ -88,6 +98,7 @@ class HPA:
     def __post_init__(self) -> None:
         self.reset()
         check_bounds("HPA", self.target, self.minimum, self.maximum)
+        check_least(self, 0, "tolerance")
         if self.minimum < 1:
             raise ValueError(
                 "HPA: expected a minimum of at least 1, because of no replica there is "
@@ -101,18 +112,16 @@ class HPA:
     def recommend(self, load: Load) -> int:
         """What the reading alone asks for, when in doubt what there is.
 
-        Silent replicas are taken for fully busy before one is removed and for idle
-        before one is added; starting ones for idle before one is added. If the ratio
-        then says the opposite, nothing happens.
+        If the ratio says the opposite once all who said nothing are counted, too,
+        nothing happens.
         """
-        reporting = load.ready - load.missing
-        if load.metric is None or reporting < 1 or not math.isfinite(load.metric):
+        silent = load.missing >= load.ready
+        if silent or load.metric is None or not math.isfinite(load.metric):
             return load.replicas
         ratio = load.metric / self.target
-        counted = load.ready + (load.starting if ratio > 1 else 0)
         # All of what a pod requests is more than its target, if that is a share of it.
         busy = max(1.0, 1 / self.target) if self.is_resource else 1.0
-        total = ratio * reporting + (load.missing * busy if ratio <= 1 else 0)
+        total, counted = filled(load, ratio, busy)
         if abs(total / counted - 1) <= self.tolerance + ROUNDING:
             return load.replicas
         wanted = math.ceil(total - ROUNDING)
@@ -122,6 +131,8 @@ class HPA:
 
     def desired(self, load: Load) -> int:
         current = load.replicas
+        if current == 0:  # somebody switched it off, and an HPA stays off
+            return 0
         if not self.minimum <= current <= self.maximum:  # at once, whatever is read
             return max(self.minimum, min(current, self.maximum))
         wanted, bounds = self.recommend(load), (self.minimum, self.maximum)
@@ -157,15 +168,14 @@ class KPA:
     tick_s: float = 2.0
     delay_s: float = 0.0  # what was wanted so long ago still counts
     grace_s: float = 30.0  # idle before the last replica goes
-    _seen: list[tuple[float, float]] = field(default_factory=list, init=False)
-    _wanted: list[tuple[float, int]] = field(default_factory=list, init=False)
-    _panic_since: float | None = field(default=None, init=False)
-    _panic_most: int = field(default=0, init=False)
-    _idle_since: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        aim = self.target * self.utilisation
-        check_bounds("KPA", aim, self.minimum, self.maximum)
+        self.reset()
+        check_bounds("KPA", self.target, self.minimum, self.maximum)
+        check_least(self, 0.01, "utilisation")
+        check_least(self, 0.1, "tick_s", "stable_s", "panic_s")
+        check_least(self, 1, "panic_at", "max_up", "max_down")
+        check_least(self, 0, "delay_s", "grace_s")
 
     def decide(self, now: float, ready: int, stable: float, panic: float) -> int:
         """The replicas for requests in flight of the long and of the short look."""
@@ -182,33 +192,25 @@ class KPA:
             urgent = min(max(for_panic, low), high)
             self._panic_most = wanted = max(wanted, urgent, self._panic_most)
         self._wanted = [*within(self._wanted, now - self.delay_s), (now, wanted)]
-        return max([wanted, *(n for _, n in within(self._wanted, now - self.delay_s))])
+        return max(n for _, n in self._wanted)
 
     def desired(self, load: Load) -> int:
         now = load.time_s
         if not math.isfinite(load.concurrency):  # a broken reading moves nothing
             return load.replicas
-        if not self._seen and load.ready > 1:  # no past to judge by: keep what there is
+        if not self._looks.seen and load.ready > 1:  # no past: keep what there is
             self._panic_since, self._panic_most = now, load.ready
-        self._seen = [s for s in self._seen if s[0] > now - self.stable_s]
-        self._seen.append((now, load.concurrency))
-        looks = [self._mean(now - width) for width in (self.stable_s, self.panic_s)]
-        wanted = self.decide(now, load.ready, *looks)
+        self._looks.note(now, load.concurrency, self.stable_s)
+        means = [self._looks.mean(now - s) for s in (self.stable_s, self.panic_s)]
+        wanted = self.decide(now, load.ready, *means)
         wanted = max(self.minimum, min(wanted, self.maximum))
-        if wanted:
-            self._idle_since = None
-        elif self._idle_since is None:
-            self._idle_since = now
-        waits = self._idle_since is not None and now - self._idle_since < self.grace_s
-        return 1 if waits and load.replicas else wanted
-
-    def _mean(self, after: float) -> float:
-        seen = [value for time, value in self._seen if time > after]
-        return sum(seen) / len(seen)
+        return self._grace.step(now, load.replicas, wanted, self.grace_s)
 
     def reset(self) -> None:
-        self._seen, self._wanted = [], []
-        self._idle_since, self._panic_since, self._panic_most = None, None, 0
+        self._looks, self._grace = Looks(), Grace()
+        self._wanted: list[tuple[float, int]] = []
+        self._panic_since: float | None = None
+        self._panic_most = 0
 
 
 # QueueLength does not look at replicas at all but at the work that waits for them. It
@@ -236,6 +238,7 @@ class QueueLength:
 
     def __post_init__(self) -> None:
         check_bounds("QueueLength", self.per_replica, self.minimum, self.maximum)
+        check_least(self, 0, "activation", "polling_s", "cooldown_s")
         least = max(1, self.minimum)
         self.hpa = HPA(self.per_replica, least, self.maximum, metric="queue")
 
@@ -258,18 +261,19 @@ class QueueLength:
 
 # What it costs is decided here too. A fleet is right when it is the cheapest that keeps
 # its promise, and p95 against replicas is a cliff. So the promise is simulated first;
-# then the same HPA scales real processes, thirty times as fast as it would in earnest.
+# then an HPA with shorter times scales real processes.
 
 SEED = 1  # of all that is drawn by chance: the same run twice is the same
 SERVICE_S = 0.5  # a short answer
 DAY_S, START_S, MOST = 4 * 3600.0, 20.0, 40  # a day as short as it can be told
 PEAK, OFFICE = 24, 8  # replicas of two fleets that never change
-BUSIEST = "fixed, for the peak"
-PROMISE_S = 2.0  # p95 from arrival to end
-PRICE_HOUR, PRICE_OVERFLOW = 0.5, 0.001  # dollars; a small GPU, and a request elsewhere
+FOR_MEAN, FOR_PEAK = "fixed, for the mean", "fixed, for the peak"
+HYBRID = "hybrid: mean, rest to a cloud"
+# A p95 of two seconds; dollars of a small GPU, and of a request elsewhere.
+TERMS = day.Terms(promise_s=2.0, price_hour=0.5, price_overflow=0.001)
 SCALERS: dict[str, tuple[int, Callable[[], Autoscaler] | None]] = {
-    "fixed, for the mean": (OFFICE, None),
-    BUSIEST: (PEAK, None),
+    FOR_MEAN: (OFFICE, None),
+    FOR_PEAK: (PEAK, None),
     "HPA": (2, partial(HPA, 0.7, 2, MOST, metric="requests")),
     "KPA": (2, partial(KPA, 1.0, maximum=MOST)),
     "QueueLength": (2, partial(QueueLength, 1.0, maximum=MOST)),
@@ -284,55 +288,33 @@ def live_through(arrivals: traffic.Floats, name: str, **options: Any) -> Trace:
     policy = make() if make else None
     tick_s = policy.tick_s if isinstance(policy, KPA) else 15.0
     fleet = Fleet(replicas, start_s=START_S, tick_s=tick_s, **options)
-    rng = np.random.default_rng(SEED)
-    services = traffic.lognormal(rng, SERVICE_S, 1.0, len(arrivals))
+    services = day.services(SEED, SERVICE_S, len(arrivals))
     return simulate(arrivals, services, fleet, LeastConnections(), policy)
 
 
 def demo_autoscaling(run: Run) -> None:
-    """One day for six fleets, simulated; a minute of it, scaled for real."""
+    """One day for six fleets, simulated; a wave of load, scaled for real."""
     run.predict("What follows the load costs less than the peak's fleet; bursts hurt.")
-    arrivals = trials.a_day(np.random.default_rng(SEED), DAY_S)
-    traces = {name: live_through(arrivals, name) for name in SCALERS}
+    arrivals = day.arrivals(SEED, DAY_S)
+    fleets = {name: live_through(arrivals, name) for name in SCALERS}
     burst = Overflow(limit=2 * OFFICE, extra_s=0.05)
-    hybrid = live_through(arrivals, "fixed, for the mean", overflow=burst)
-    fleets = {**traces, "hybrid: mean, rest to a cloud": hybrid}
-    costs = [cost_per_1000(t, PRICE_HOUR, PRICE_OVERFLOW) for t in fleets.values()]
-    run.table(trials.day_table(fleets, costs))
-    scaled = {name: traces[name] for name in ("HPA", "KPA")}
-    work = partial(trials.draw_day, arrivals, SERVICE_S, scaled)
-    run.picture(work, "day")
+    fleets[HYBRID] = live_through(arrivals, FOR_MEAN, overflow=burst)
+    day.show(run, fleets, ("HPA", "KPA"), TERMS)
     steady = traffic.steady(np.random.default_rng(SEED), 10, 0.9, SERVICE_S, 20_000)
-
-    def simulated(replicas: int) -> Trace:
-        return simulate(*steady, Fleet(replicas), LeastConnections())
-
-    if plan := cheapest(simulated, PROMISE_S, PRICE_HOUR, most=64):
-        name = f"p95 with {plan.replicas - 1} and {plan.replicas} replicas, steady load"
-        less = simulated(plan.replicas - 1).quantile(0.95)
-        run.fact(name, f"{less:.2f} and {plan.p95_s:.2f} s (promise: {PROMISE_S:g} s)")
-    scale_live(run)
+    day.show_cheapest(run, LeastConnections, steady, TERMS)
+    wave = trials.Wave(seconds=3.0) if run.quick else trials.Wave()
+    hpa = HPA(1.0, 1, wave.most, metric="requests", up=LIVE_UP, down=LIVE_DOWN)
+    trials.show_live(run, hpa, LeastConnections(), wave)
     if not run.quick:
-        run.table(trials.shapes_table(run.device))
-    taken = [trace.replica_s / traces[BUSIEST].replica_s for trace in scaled.values()]
-    p95 = [trace.quantile(0.95) for trace in (*scaled.values(), traces[BUSIEST])]
+        shapes.show(run)
+    told = [fleets[name] for name in ("HPA", "KPA", FOR_PEAK)]
+    taken = [trace.replica_s / told[-1].replica_s for trace in told]
+    p95 = [trace.quantile(0.95) for trace in told]
     run.conclude(
         f"Of what the peak's fleet costs, HPA takes {taken[0]:.0%} and KPA "
-        f"{taken[1]:.0%}, with a p95 of {p95[0]:.1f} and {p95[1]:.1f} s "
-        f"instead of {p95[2]:.1f} s: bursts are over before a replica starts."
+        f"{taken[1]:.0%}, with a p95 of {p95[0]:.1f} and {p95[1]:.1f} s instead of "
+        f"{p95[2]:.1f} s."
     )
-
-
-def scale_live(run: Run) -> None:
-    """The HPA above, real processes, a real balancer; then the same, simulated."""
-    wave = trials.Wave(seconds=3.0) if run.quick else trials.Wave()
-    run.say(f"Now live: each replica is a process that {NOTICE}.")
-    hpa = HPA(1.0, 1, wave.most, metric="requests", up=LIVE_UP, down=LIVE_DOWN)
-    with run.progress("load rises and falls"):
-        found = trials.live(hpa, LeastConnections(), wave)
-    run.table(trials.live_table(found))
-    draw = partial(trials.draw_live, found)
-    run.picture(draw, "live", panels=3, size=(12, 4.6))
 
 
 # ## Load balancing techniques
@@ -395,12 +377,7 @@ class LeastConnections:
     _last: int = -1
 
     def pick(self, loads: Sequence[int]) -> int:
-        start = (self._last + 1) % len(loads)
-        least = 0 if 0 in loads else min(loads)
-        try:
-            self._last = loads.index(least, start)
-        except ValueError:  # none from here to the end
-            self._last = loads.index(least)
+        self._last = least_from(loads, (self._last + 1) % len(loads))
         return self._last
 
 
@@ -422,55 +399,25 @@ PICKERS: dict[str, Callable[[], Picker | None]] = {
 # Past one machine the balancer must also know machines. Ray Serve does: the same model
 # on two nodes, one of them killed under load, is `python -m tests.benchmarks.ray`.
 
-REPLICAS, RHO, MEAN_S = 1000, 0.9, 0.05  # of the comparison with theory
+FLEET = trials.SteadyFleet(1000, rho=0.9, mean_s=0.05)  # compared with theory
+SMALL = replace(FLEET, replicas=100)  # settles in as many requests each, of fewer
 DISTANCE_S = 0.05  # there and back between two regions
 
 
-def known_s() -> dict[str, float | None]:
-    """What theory says of the mean stay; nobody has a formula for them all."""
-    return {
-        "random": theory.power_of_choices(RHO, MEAN_S, 1),
-        "round robin": theory.round_robin(RHO, MEAN_S, REPLICAS),
-        "power of two": theory.power_of_choices(RHO, MEAN_S, 2),
-        "least connections": None,
-        "central queue": MEAN_S + theory.mmc_wait(REPLICAS, RHO * REPLICAS, MEAN_S),
-    }
-
-
 def demo_balancing(run: Run) -> None:
-    """A thousand replicas: theory beside simulation."""
-    requests = 150_000 if run.quick else 1_000_000
+    """A thousand replicas: theory beside simulation; a stall, a canary, a region."""
+    fleet, requests = (SMALL, 150_000) if run.quick else (FLEET, 1_000_000)
     run.predict("Each further look saves less than the one before.")
-    rng = np.random.default_rng(SEED)
-    load = traffic.steady(rng, REPLICAS, RHO, MEAN_S, requests)
-    known, rows, means = known_s(), [], {}
-    with run.progress("balancing", len(PICKERS)) as advance:
-        for name, make in PICKERS.items():
-            trace = simulate(*load, Fleet(REPLICAS), make()).after(requests // 2)
-            means[name] = 1000 * trace.mean_s
-            formula = known[name]
-            p95 = 1000 * trace.quantile(0.95)
-            rows.append([name, formula and 1000 * formula, means[name], p95])
-            advance()
-    columns = ["who gets it", ("theory", "ms"), ("simulation", "ms"), ("p95", "ms")]
-    note = (
-        f"{REPLICAS} replicas, {RHO:.0%} load, {1000 * MEAN_S:g} ms; n = {requests:,}"
-    )
-    run.table(Table("From arrival to end, mean", columns, rows, note))
+    means = trials.balance(run, PICKERS, fleet, requests)
     run.table(trials.stall_table(trials.one_stall(0.6 if run.quick else 2.0)))
-    naive, proper = releases.false_alarms(300, 50, 200, 0.02, SEED)
-    name = "equal canaries called worse, by who looks 50 times"
-    run.fact(name, f"{naive:.0%} with a test at 5 %, {proper:.1%} with `judge`")
-    three = releases.majority_right(0.8, 3, 10_000, SEED)
-    name = "right: a model, and the majority of three that err independently"
-    run.fact(name, f"80 %, {three:.0%}")
+    releases.show(run, SEED)
     if not run.quick:
         trials.fail_over(run, DISTANCE_S)
     saved = means["random"] - means["power of two"]
     more = means["power of two"] - means["least connections"]
     run.conclude(
         f"Looking at two replicas instead of one saves {saved:.0f} ms; looking at all "
-        f"{REPLICAS} saves {more:.0f} more."
+        f"{fleet.replicas} saves {more:.0f} more."
     )
 
 
@@ -493,27 +440,16 @@ PROMPTS = ("Name a colour.", "Name a fruit.", "Name a river.", "Name a planet.")
 
 def demo_queues(run: Run) -> None:
     """A peak straight at a server and through two queues; jobs for the real model."""
-    from local_cloud.scaling import peak as peaks
     from models import Sampling
 
     peak = peaks.Peak(seconds=0.3) if run.quick else peaks.Peak()
-    can = peak.slots / peak.service_ms * 1000
-    run.predict(
-        f"{peak.rate_per_s:g} requests a second meet a server for {can:g}: most are "
-        f"refused, or all done after {peak.rate_per_s * peak.seconds / can:.1f} s."
-    )
-    sent, found = peaks.compare(run, LeastConnections(), peak)
+    found = peaks.show(run, LeastConnections(), peak)
     model, few = shared_model(run), Sampling(max_tokens=12)
-    told = reuse.done_by(lambda it: model.generate(it, few).text, PROMPTS)
-    served = sum(outcome.ok for outcome in sent)
-    run.table(peaks.table(len(sent), served, found, peak))
-    done = sum(one.state == "done" for one in told)
-    name = "jobs that the real model did"
-    run.fact(name, f"{done} of {len(told)}, the last: {told[-1].result!r}")
-    last = list(found.values())[-1]
+    reuse.show_jobs(run, lambda it: model.generate(it, few).text, PROMPTS)
+    last = list(found.queues.values())[-1]
     run.conclude(
-        f"Of {len(sent)} requests the server alone answered {served}; through a queue "
-        f"{last.done} of {last.accepted} were done, {last.lost} lost. The killed "
+        f"Of {found.sent} requests the server alone answered {found.served}; through a "
+        f"queue {last.done} of {last.accepted} were done, {last.lost} lost. The killed "
         f"worker's job was with another after {last.redelivered_s:.1f} s; the poisoned "
         f"one is {last.poison_state} after {last.poison_tries} tries."
     )
@@ -547,7 +483,6 @@ SHELF = 8  # prompts that a replica keeps
 def demo_caching(run: Run) -> None:
     """One answer for a hundred; one beginning on one replica; one false friend."""
     import models
-    from local_cloud.scaling import semantic
     from model_api import create_app
     from serving.settings import Settings
 
@@ -556,20 +491,15 @@ def demo_caching(run: Run) -> None:
     model = shared_model(run)
     patient = Settings(ttft_target_ms=600_000)  # or it would shed most of the crowd
     app, tokens = create_app(patient, model=model), 3 if run.quick else 8
-    asked = reuse.ask_repeatedly(app, model, callers, tokens)
-    run.table(reuse.asked_table(asked))
+    asked = reuse.show_asked(run, app, model, callers, tokens)
     load = partial(models.load, run.device, rows=2, context=512, shelf=SHELF)
     counted = COUNTED // 3 if run.quick else COUNTED
     prompts = reuse.conversations(model, BEGINNINGS, WARM + counted, SEED)
-    turns, routed = reuse.compare_routing(NAMES, load, prompts, WARM)
-    run.fact("prompt tokens known, by turns", turns, "%")
-    run.fact("prompt tokens known, by prefix", routed, "%")
-    rates = semantic.trial(semantic.embedder(model.tokenizer))
-    run.table(reuse.semantic_table(rates))
-    best = max(rates, key=lambda rate: (rate.right, -rate.false))
+    added = reuse.show_routing(run, NAMES, load, prompts, WARM)
+    best = reuse.show_semantic(run, model)
     run.conclude(
         f"With a cache the model answered {asked[1].computed} of {callers} equal "
-        f"requests; routing by prefix added {routed - turns:.0f} points of hits. The "
+        f"requests; routing by prefix added {added:.0f} points of hits. The "
         f"semantic cache that finds {best.right:.0%} of the paraphrases takes "
         f"{best.false:.0%} of the opposites for them: leave it off."
     )
@@ -606,20 +536,9 @@ def main(argv: list[str] | None = None) -> int:
         argv=argv,
         number=5,
         after="simulate your own traffic, then read deploy/kubernetes",
-        add_arguments=add_arguments,
-        instead=lambda arguments: write_manifests() if arguments.manifests else None,
+        add_arguments=deployment.add_arguments,
+        instead=deployment.command(manifests, API_HPA.maximum),
     )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--manifests", action="store_true", help="write deploy/ again")
-
-
-def write_manifests() -> int:
-    """Write all manifests, and the balancer's configuration; gives the exit code."""
-    for path in deployment.write(manifests(), API_HPA.maximum):
-        print(path.relative_to(deployment.DEPLOY.parent))
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -124,45 +125,31 @@ def deployed(name: str, **settings: Any) -> Function:
     return Function(name, **{**what, **settings})
 
 
-def platform_of(run: Run) -> Platform:
-    """The platform, one for all sections; its sandboxes end with the lesson."""
-    from course.lesson import Skip
-    from local_cloud.functions import FunctionError, Platform
-
-    try:
-        return run.keep("platform", Platform)
-    except FunctionError as missing:
-        raise Skip(str(missing), "pip install -r requirements.txt") from None
-
-
 def demo_concepts(run: Run) -> None:
     """Follow one sandbox from its start into its freeze; ask for more than allowed."""
-    from course.show import Table
     from local_cloud.functions import cold_starts, trials
 
-    cloud = platform_of(run)
+    cloud = trials.platform(run)
     run.fact("limits are enforced by", cloud.kind)
     run.predict("The first caller waits for the model; all others for their answer.")
     function = deployed("concepts", reserved=2)
     cloud.deploy(function)
-    rows: list[list[Any]] = []
-    for what in ("first, a sandbox starts", "at once again", "later, it was frozen"):
-        call = cold_starts.call(cloud, function.name, QUESTION)
-        row = [call.total_ms, call.ready_ms, call.duration_ms, call.billed_ms]
-        rows.append([what, *row, call.memory_mb])
-        trials.freeze(cloud, function.name)
-    columns = ["call", ("caller waits", "ms"), ("of it init", "ms")]
-    columns += [("duration", "ms"), ("billed", "ms"), ("most memory", "MB")]
-    run.table(Table("One sandbox, three calls", columns, rows))
+    calls = trials.three_calls(cloud, function.name, QUESTION)
+    run.table(cold_starts.calls_table(calls))
     run.say(f"{cloud.invoke(function.name, QUESTION).report}")
+    # What runs here runs there: AWS's SDK, told another address, sees no difference.
+    answer = trials.by_boto3(cloud, function.name, QUESTION)
+    run.fact("the answer as boto3 gets it with endpoint_url", answer["text"])
     refused = trials.refused(cloud, function.name, QUESTION, callers=3)
     run.fact("three callers at once, concurrency 2 reserved: refused with 429", refused)
     added = trials.overhead(cloud, calls=200 if run.quick else 1000)
     run.fact("the platform's own part of a warm call, median", added.median, "ms")
+    thawed = trials.overhead(cloud, calls=5 if run.quick else 15, frozen=True)
+    first, second, _ = calls.values()
     run.conclude(
-        f"The first caller waited {rows[0][1] / rows[1][1]:.1f} times as long as the "
-        f"second, for {rows[0][4] / rows[1][4]:.1f} times the price. Thawing a frozen "
-        f"sandbox is no wait: {rows[2][1] / rows[1][1]:.2f} times."
+        f"The first caller waited {first.total_ms / second.total_ms:.1f} times as long "
+        f"as the second, for {first.billed_ms / second.billed_ms:.1f} times the price. "
+        f"To thaw a frozen sandbox takes {thawed.median - added.median:.1f} ms more."
     )
 
 
@@ -174,8 +161,10 @@ def demo_concepts(run: Run) -> None:
 # pay for sandboxes that wait (provisioned concurrency).
 #
 # The init phase is the import of this file. It loads the model in its lean form
-# (models/lean.py): no server, no engine, no thread, weights that are mapped instead of
-# read and lie packed as this CPU wants them.
+# (models/lean.py): no server, no engine, no thread. Where the model's folder can be
+# written, as here, the weights are kept packed as this CPU wants them, and are mapped
+# instead of read. A zip on Lambda cannot be written: there each init reads and packs
+# them anew, and the more a snapshot is worth.
 
 SNAPSHOT = os.environ.get("AWS_LAMBDA_INITIALIZATION_TYPE") == "snap-start"
 LOADED: dict[str, Any] = {}  # what the init phase leaves to the handler
@@ -206,6 +195,10 @@ def seed_generators() -> None:
 def before_snapshot() -> None:
     """Do once, for all clones, what each would do first: no caller waits for this."""
     LOADED["model"].warm_up()
+    if any(name in os.environ for name in STORES):  # the pipeline of the last section
+        from aws_lambda_powertools.utilities import batch, idempotency  # noqa: F401
+
+        storage()
 
 
 def after_restore() -> None:
@@ -239,14 +232,10 @@ def demo_cold_starts(run: Run) -> None:
 
     from local_cloud.functions import cold_starts, trials
 
-    repeats = 2 if run.quick else 4
-    starts = {}
+    cloud, turns = trials.platform(run), 2 if run.quick else 4
     with run.progress("taking cold starts apart", total=2) as advance:
-        for kind, env in (("naive", {}), ("tuned", ENVIRONMENT)):
-            starts[kind] = cold_starts.composition(
-                kind, repeats=repeats, environment=env
-            )
-            advance()
+        ways = {"naive": {}, "tuned": ENVIRONMENT}
+        starts = cold_starts.compositions(ways, repeats=turns, on_each=advance)
     run.picture(partial(trials.draw_phases, starts), "cold-start", size=(10, 4.6))
     _, packed, never = cold_starts.openings(repeats=1, environment=ENVIRONMENT)
     run.say(
@@ -255,12 +244,13 @@ def demo_cold_starts(run: Run) -> None:
         f"token takes {never.token_cpu_ms:.0f} ms instead of {packed.token_cpu_ms:.1f}."
     )
     run.predict("Tuned starts twice as fast as naive; a snapshot 70 times as fast.")
-    told = compare_starts(run, platform_of(run), turns=2 if run.quick else 4)
+    told = compare_starts(run, cloud, turns)
     naive, tuned, snapshot = (told[k] for k in ("naive", "tuned", "snapshot"))
-    burst_ms, memory = cold_starts.meet_burst(
-        platform_of(run), deployed("burst"), FIRST_TOKEN, callers=16
+    burst_ms, cold, memory = cold_starts.meet_burst(
+        cloud, deployed("burst"), FIRST_TOKEN, callers=16
     )
-    run.fact("16 callers at once, all answered from new clones after", burst_ms, "ms")
+    run.fact("16 callers at once, all answered after", burst_ms, "ms")
+    run.fact("new clones that it took", cold)
     run.fact("memory that such a clone has for itself", memory, "MB")
     run.conclude(
         f"Tuned starts {naive / tuned:.1f} times as fast as naive, a snapshot "
@@ -271,7 +261,6 @@ def demo_cold_starts(run: Run) -> None:
 
 def compare_starts(run: Run, cloud: Platform, turns: int) -> dict[str, float]:
     """The first call by strategy; gives the milliseconds before the handler ran."""
-    from course.show import Table
     from local_cloud.functions import cold_starts
 
     naive = {"handler": "deploy.functions.naive.handler", "environment": {}}
@@ -283,18 +272,13 @@ def compare_starts(run: Run, cloud: Platform, turns: int) -> dict[str, float]:
     ]
     with run.progress("first calls"):
         told = cold_starts.first_calls(cloud, ways, FIRST_TOKEN, turns=turns)
+        # Its timer would be `events.Schedule("rate(5 minutes)", ping)`.
         told["kept warm"], told["the second of two"] = cold_starts.kept_warm(
             cloud, deployed("kept"), FIRST_TOKEN, turns=turns
         )
     idle = ["nothing", "nothing", "its cache", "a sandbox", "a timer", "a timer"]
-    columns = ["strategy", ("caller waits", "ms"), ("spread", "ms")]
-    columns += [("init or restore", "ms"), ("billed", "ms"), "n", "costs while idle"]
-    rows = [
-        [name, *cold_starts.figures(calls), costs]
-        for (name, calls), costs in zip(told.items(), idle, strict=True)
-    ]
-    run.table(Table("The first call, to the first token", columns, rows))
-    return {row[0]: row[3] for row in rows}
+    run.table(cold_starts.strategies_table(told, idle))
+    return {name: cold_starts.ready_ms(calls) for name, calls in told.items()}
 
 
 # ## Memory and timeout optimization
@@ -351,43 +335,24 @@ def demo_memory(run: Run) -> None:
     """Turn the knob; run into the deadline with and without looking; add it up."""
     from functools import partial
 
-    from course.show import Table
-    from local_cloud.functions import costs, tuning
+    from local_cloud.functions import costs, trials, tuning
 
-    cloud = platform_of(run)
+    cloud = trials.platform(run)
     sizes = (256, 1024, 1769) if run.quick else (128, 256, 512, 1024, 1769, 3008)
     calls = 2 if run.quick else 3
     run.predict("Twice the memory takes half the time and costs the same, up to 1769.")
+    function = deployed("tuning")
     with run.progress("tuning", total=len(sizes) * (1 + calls)) as advance:
         tuned = tuning.tune(
-            cloud,
-            deployed("tuning"),
-            QUESTION,
-            sizes_mb=sizes,
-            calls=calls,
-            on_call=advance,
+            cloud, function, QUESTION, sizes_mb=sizes, calls=calls, on_call=advance
         )
-    rows = [
-        [p.memory_mb, p.duration_ms, p.billed_ms, p.max_memory_mb, p.usd_per_million]
-        for p in tuned.points
-    ]
-    columns = [("memory", "MB"), ("duration", "ms"), ("billed", "ms")]
-    columns += [("used", "MB"), ("a million calls", "USD")]
-    failed = ", ".join(f"{mb} MB: {why}" for mb, why in tuned.failed.items())
-    run.table(Table("Power tuning, medians of warm calls", columns, rows, failed))
+    run.table(tuning.table(tuned))
     run.picture(lambda one, two: tuning.draw_curve(one, two, tuned), "power", panels=2)
     run_out_of_time(run, cloud)
-    run.fact(
-        "a container that is always up is cheaper from this busy share on",
-        100 * costs.break_even_utilisation(1769, vcpus=1, memory_gb=2),
-        "%",
-    )
-    run.fact("and a provisioned sandbox", 100 * costs.provisioned_break_even(), "%")
-    run.fact("a restore costs as much as init of", costs.restore_in_init_s(), "s")
-    each = costs.cold_probability(rate=1 / 300, keep_alive_s=300)
-    run.fact("one call in 5 min, sandboxes kept as long: cold", 100 * each, "%")
-    month = {"memory_mb": 1769, "vcpus": 1, "memory_gb": 2, "call_s": 1.0}
-    run.picture(partial(costs.draw_month, **month), "month")
+    size = {"memory_mb": 1769, "vcpus": 1, "memory_gb": 2}  # of it, and of a container
+    for name, value, unit in costs.facts(**size):
+        run.fact(name, value, unit)
+    run.picture(partial(costs.draw_month, **size, call_s=1.0), "month")
     run.conclude(
         f"Cheapest at {tuned.cheapest.memory_mb} MB, fastest at "
         f"{tuned.fastest.memory_mb} MB, balanced at {tuned.balanced().memory_mb} MB. "
@@ -398,7 +363,6 @@ def demo_memory(run: Run) -> None:
 
 def run_out_of_time(run: Run, cloud: Platform) -> None:
     """A second for 200 tokens on a third of a CPU: two handlers, and who calls next."""
-    from course.show import Table
     from local_cloud.functions import trials
 
     small = {"memory_mb": 512, "timeout_s": 1.0}
@@ -408,12 +372,7 @@ def run_out_of_time(run: Run, cloud: Platform) -> None:
         "looks at the time": deployed("looks", **small),
         "does not": deployed("blind", handler=naive, **small),
     }
-    rows = [
-        [how, *trials.deadline(cloud, function, much, FIRST_TOKEN)]
-        for how, function in ways.items()
-    ]
-    columns = ["handler", ("duration", "ms"), ("tokens given", ""), "how it ended"]
-    run.table(Table("The deadline", [*columns, ("the next caller waits", "ms")], rows))
+    run.table(trials.deadlines(cloud, ways, much, FIRST_TOKEN))
 
 
 # ## Event-driven AI applications
@@ -427,6 +386,14 @@ def run_out_of_time(run: Run, cloud: Platform) -> None:
 #
 # One bad document must not bring the others back: the answer names those that failed
 # (`batchItemFailures`), and what fails again and again goes to the dead letters.
+#
+# Three numbers belong together. A message is hidden for longer than its worker may run,
+# or two work on it at once: six times as long where batches have to wait their turn,
+# half a second more where none does. By then, what a dead worker had begun is free
+# again. And it is received so often that some deaths do not bury a good document.
+
+TIMEOUT_S, VISIBILITY_S, MAX_RECEIVES = 2.5, 3.0, 5
+STORES = ("IDEMPOTENCY_TABLE", "DATA")  # on AWS the first, here the second
 
 
 def summarise(event: Any, context: Any) -> Any:
@@ -461,7 +428,7 @@ def summarise_message(record: Any, lambda_context: Any) -> None:
 
 
 def summarise_object(what: dict[str, str], store: Any, context: Any) -> str:
-    """Read one version of an object, summarise it, write the summary.
+    """Summarise an object as it is now; a newer text has a message of its own.
 
     Raises:
         ValueError: the text cannot be summarised. The message comes again, in vain, and
@@ -479,13 +446,28 @@ def summarise_object(what: dict[str, str], store: Any, context: Any) -> str:
 
 def storage() -> Any:
     """S3 and DynamoDB on AWS; a folder and a file here, with the same face."""
-    if table := os.environ.get("IDEMPOTENCY_TABLE"):
+    return open_storage(*map(os.environ.get, STORES))
+
+
+@cache  # dear to make: a sandbox keeps it
+def open_storage(table: str | None, folder: str | None) -> Any:
+    """The storage that is named.
+
+    Raises:
+        LookupError: none is.
+    """
+    if table:
         from deploy.functions.aws import Storage as AwsStorage
 
         return AwsStorage(table)
+    if not folder:
+        raise LookupError(
+            "storage: expected IDEMPOTENCY_TABLE (a DynamoDB table) or DATA (a folder) "
+            "in the environment, found neither; set one"
+        )
     from local_cloud.functions.storage import Storage
 
-    return Storage(os.environ["DATA"])
+    return Storage(folder)
 
 
 def demo_events(run: Run) -> None:
@@ -493,65 +475,43 @@ def demo_events(run: Run) -> None:
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
+    from local_cloud.functions import trials
+
     run.predict(
         "Each document is summarised once, whoever is killed; the blank one "
         "ends among the dead letters."
     )
+    cloud = trials.platform(run)
     with TemporaryDirectory() as folder:
-        pipeline(run, platform_of(run), Path(folder))
-    elsewhere(run, platform_of(run))
+        pipeline(run, cloud, Path(folder))
+    elsewhere(run, cloud)
 
 
 def pipeline(run: Run, cloud: Platform, data: Path) -> None:
     """Bucket, queue, batches, dead letters; two workers are killed at work."""
-    from course.process import wait_until
-    from course.show import Table
     from local_cloud.functions import trials
-    from local_cloud.functions.events import Bucket, Mapping
-    from local_cloud.functions.queue import Queue
-    from local_cloud.functions.storage import Storage
 
     function = deployed(
         "summarise",
         handler="serverless_deployment.summarise",
         environment={**ENVIRONMENT, "DATA": str(data)},
-        timeout_s=10.0,
+        timeout_s=TIMEOUT_S,
         snapshot=True,
     )
     cloud.deploy(function)
-    dead = Queue(data / "dead")
-    # Six times the timeout is the rule; here nobody wants to wait a minute for it.
-    queue = Queue(data / "queue", visibility_s=2.0, max_receives=4, dead_letters=dead)
-    with dead, queue, trials.killer(cloud, function.name, times=2) as killed:
-        bucket = Bucket(data / "documents", queue)
-        for name, text in trials.DOCUMENTS.items():
-            bucket.put(name, text.encode())
-        bucket.close()
-        with (
-            Mapping(queue, cloud, function.name, batch_size=4) as mapping,
-            run.progress("summarising"),
-        ):
-            wait_until(lambda: not queue.counts().total, 60.0, "the queue to be empty")
-        letters = dead.counts().total
-    told = Storage(data).summaries()
-    run.say(f"{told[0][0]}: {told[0][1]}")
-    names = [name for name, _ in told]
-    tally = mapping.tally
-    rows = [
-        ["documents put", len(trials.DOCUMENTS)],
-        ["batches handed to the function", tally.invocations],
-        ["workers killed by kill -9 while at work", len(killed)],
-        ["messages that failed and came again", tally.failed],
-        ["documents with a summary", len(set(names))],
-        ["summaries written twice", len(names) - len(set(names))],
-        ["dead letters (the blank document)", letters],
-    ]
-    run.table(Table("From an object to its summary", ["what", ("count", "")], rows))
+    queue = {"visibility_s": VISIBILITY_S, "max_receives": MAX_RECEIVES}
+    with run.progress("summarising"):
+        table, example = trials.run_pipeline(
+            cloud, function, data, kills=2, batch_size=2, **queue
+        )
+    run.say(example)
+    run.table(table)
 
 
 # Elsewhere the words differ, and one thing more. Google's Cloud Run and Azure's plans
 # give one process many requests at once: eight callers share one model and one engine
-# (deploy/functions/instance.py), where Lambda has eight sandboxes. Neither has
+# (deploy/functions/instance.py), where Lambda has eight sandboxes, unless its functions
+# run on instances that one rents (Managed Instances take several). Neither has
 # snapshots for Python; both sell instances that wait. At its deadline Lambda kills the
 # sandbox, Cloud Run answers 504 and lets it run on. The handler is the same: only what
 # an event looks like and how the answer is handed over is written anew, in
@@ -560,23 +520,16 @@ def pipeline(run: Run, cloud: Platform, data: Path) -> None:
 
 def elsewhere(run: Run, cloud: Platform) -> None:
     """Eight callers at once: eight sandboxes, or one process as on Cloud Run."""
-    from course.show import Table
     from local_cloud.functions import trials
 
     callers, function = 8, deployed("eight", snapshot=True)
     here = trials.sandboxes_at_once(cloud, function, QUESTION, callers)
     there = trials.process_at_once(QUESTION, callers)
-    columns = ["platform", ("processes", ""), ("memory of their own", "MB")]
-    columns += [(f"{callers} callers answered", "ms"), "the answer"]
-    rows = [
-        ["Lambda: one request a sandbox", *here],
-        ["Cloud Run: many a process", *there],
-    ]
-    run.table(Table("One handler, two platforms (both on this machine)", columns, rows))
+    run.table(trials.two_platforms(here, there, callers))
     run.conclude(
-        f"{'The same' if here[-1] == there[-1] else 'Not the same'} answer from both. "
-        f"The process that batches served {callers} callers "
-        f"{here[2] / there[2]:.1f} times as fast."
+        f"{'The same' if here.answer == there.answer else 'Not the same'} answer from "
+        f"both. The process that batches served {callers} callers "
+        f"{here.took_ms / there.took_ms:.1f} times as fast."
     )
 
 

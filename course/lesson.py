@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import io
 import signal
 import sys
@@ -188,7 +189,7 @@ def run(
         return code
     if importlib.util.find_spec("rich") is None:
         parser.error("rich is missing; run: pip install -r requirements.txt")
-    name = Path(sections[0].demo.__code__.co_filename).stem
+    name = Path(inspect.unwrap(sections[0].demo).__code__.co_filename).stem
     teller = Run(name, arguments.quick, arguments.device, arguments)
     record = _blank_record(teller, doc or "", number, sections)
     with _signals_unwind():

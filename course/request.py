@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -93,14 +93,16 @@ async def stream_chat(
     *,
     allow_remote: bool = False,
     deadline_s: float = 120.0,
+    on_piece: Callable[[int], Any] = lambda so_far: None,
 ) -> Outcome:
     """Sends a chat or text completion, streamed, and times each piece as it arrives.
 
-    Network errors, refusals, errors in mid-stream and streams that break off are
-    outcomes, not exceptions.
+    `on_piece` is told how many pieces have come, with each of them. Network errors,
+    refusals, errors in mid-stream and streams that break off are outcomes, not
+    exceptions.
     """
     asked = {"stream_options": {"include_usage": True}, **body, "stream": True}
-    reader = _Answer()
+    reader = _Answer(on_piece)
     return await _send(client, url, asked, headers, allow_remote, deadline_s, reader)
 
 
@@ -183,8 +185,9 @@ class _Body:
 class _Answer(_Body):
     """Reads an answer that comes as server-sent events, in OpenAI's dialect."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_piece: Callable[[int], Any]) -> None:
         super().__init__()
+        self.on_piece = on_piece
         self.times: list[float] = []  # of the pieces that carried text
         self.finish_reason: str | None = None
         self.tokens: int | None = None
@@ -213,6 +216,7 @@ class _Answer(_Body):
             if text := _piece(choice):
                 self.times.append(now)
                 self.text += text
+                self.on_piece(len(self.times))
 
     def outcome(self, error: str | None) -> Outcome:
         times = self.times

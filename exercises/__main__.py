@@ -62,10 +62,10 @@ def watch(given: argparse.Namespace) -> int:
     def changed(_: Path) -> bool:
         start = time.perf_counter()
         graded = runner.grade(exercise, quick=True)
-        report(exercise, graded)
+        slow = [each for each in graded.checks if each.slow]
+        report(exercise, graded, finished=not slow)
         took = time.perf_counter() - start
         show.labelled("checked", f"{time.strftime('%H:%M:%S')}, in {took:.2f} s", "dim")
-        slow = [each for each in graded.checks if each.slow]
         if slow and not graded.failed:
             show.say(f"Now the {len(slow)} checks that take longer.")
             graded = runner.grade(exercise)
@@ -107,18 +107,40 @@ def solution(given: argparse.Namespace) -> int:
 
 
 def grade(given: argparse.Namespace) -> int:
-    """Exit status 0 says that grading ran; the score is in the results alone."""
-    graded = []
+    """Exit status 0 says that grading ran; the score is in the results alone.
+
+    Where one grader cannot run the others' results are written all the same.
+    """
+    for option, path in (("--json", given.json), ("--markdown", given.markdown)):
+        _may_be_written(option, path)
+    graded, status = [], 0
     for exercise in EXERCISES:
-        with show.progress(f"grading {exercise.name}"):
-            graded.append(runner.grade(exercise))
-        show.say(f"{exercise.name}: {graded[-1].score} of {graded[-1].points}")
+        try:
+            with show.progress(f"grading {exercise.name}"):
+                graded.append(runner.grade(exercise))
+            show.say(f"{exercise.name}: {graded[-1].score} of {graded[-1].points}")
+        except runner.GraderError as problem:
+            print(f"{exercise.name}: {problem}", file=sys.stderr)
+            status = BROKEN
     if given.json:
         results.write(given.json, graded)
     if given.markdown:
         with given.markdown.open("a", encoding="utf-8") as summary:
             summary.write(exporters.markdown(graded))
-    return 0
+    return status
+
+
+def _may_be_written(option: str, path: Path | None) -> None:
+    """Raises Refused before minutes of grading, not after."""
+    try:
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+    except OSError as error:
+        raise Refused(
+            f"Expected {option} to name a file that can be written, found {path}: "
+            f"{error.strerror}. Name one in a folder that you may write in."
+        ) from None
 
 
 def examine(_: argparse.Namespace) -> int:
@@ -136,8 +158,8 @@ def examine(_: argparse.Namespace) -> int:
 # -- what a learner sees
 
 
-def report(exercise: Exercise, graded: Graded) -> None:
-    """One line a check; the first that failed in full."""
+def report(exercise: Exercise, graded: Graded, *, finished: bool = True) -> None:
+    """One line a check; the first that failed in full. Finished: no more will come."""
     first = next(iter(graded.failed), None)
     for each in graded.checks:
         _line(each, first=each is first)
@@ -146,7 +168,7 @@ def report(exercise: Exercise, graded: Graded) -> None:
     text = f"{graded.score} of {graded.points} points"
     text += f", {open_points} left open" if open_points else ""
     show.labelled("score", text, "bold green" if graded.full else "bold yellow")
-    if not graded.failed:
+    if finished and not graded.failed:
         _finish(exercise, graded)
 
 

@@ -47,14 +47,15 @@ def dockerfile() -> str:
     Checked in its text:
     - it runs as user 20001, by number, and starts in exec form, on port 9000;
     - it has a HEALTHCHECK;
-    - packages come before code, from a lock with hashes, and pip keeps no cache;
-    - the stage that runs installs nothing, and every COPY names what it takes;
+    - it installs packages before code, from a lock with hashes, and pip keeps no cache;
+    - the stage that runs installs nothing and takes what others built by COPY --from,
+      and every COPY names what it takes;
     - bytecode is made in the build, and onnxruntime's telemetry is off;
     - every base has a tag, no secret is in ENV or ARG, and any builder builds it.
 
     Checked with an engine:
-    - it has at most 75 % of the size of the image of deploy/naive.Dockerfile;
     - with `limits` it becomes healthy and answers a chat, on a read-only root;
+    - then: it has at most 75 % of the size of the image of deploy/naive.Dockerfile;
     - its HEALTHCHECK fails where nothing serves.
     """
     # TODO(1a): two stages at least: one that builds, one that runs.
@@ -65,7 +66,8 @@ def dockerignore() -> str:
     """The .dockerignore for it: what may enter the build.
 
     Checked by its effect on a folder like this repository:
-    - every file that your Dockerfile copies gets in;
+    - every file that your Dockerfile names gets in, and of each folder that it copies
+      all Python files;
     - .env, .git, secrets/, models/build/ and __pycache__ stay out, and so does a
       folder that nobody knew of when the file was written.
     """

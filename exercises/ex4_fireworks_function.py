@@ -41,7 +41,7 @@ def request(note: str) -> dict[str, Any]:
     one who wrote it paid.
 
     Checked:
-    - messages, temperature 0, max_tokens (at most MOST_TOKENS), and a response_format
+    - messages, temperature 0, max_tokens (25 to MOST_TOKENS), and a response_format
       of the type json_schema, without keywords that Fireworks does not know;
     - the schema allows every such entry, and nothing else: no other amount, either;
     - what never changes comes first: the requests for two notes differ in their last

@@ -55,7 +55,9 @@ def autoscaler(service: Service) -> policies.Autoscaler:
 
     Checked in the simulator, on the known shapes and on hidden ones (a spike, a slow
     wave, a load that falls, noise):
-    - the promise is kept: p95 from arrival to end within `service.promise_s`;
+    - the promise is kept: p95 from arrival to end within `service.promise_s`, by a
+      fleet that follows: where the load grows or falls fivefold, the largest fleet is
+      at least twice the smallest (noise is judged together with such a fall);
     - all shapes together cost at most 1.25 times what the cheapest fixed fleets cost,
       which know each shape beforehand, and 0.9 times what the lesson's HPA does;
     - under noise of 5 % it turns (grows, then shrinks, or the other way round) at most

@@ -21,9 +21,10 @@ def load() -> dict[str, dict[str, Any]]:
     """By the exercises' names; nothing yet, or a broken file, is no error."""
     try:
         known = json.loads(FILE.read_text(encoding="utf-8"))
-        return known if isinstance(known, dict) else {}
     except (OSError, ValueError):
         return {}
+    facts = known.items() if isinstance(known, dict) else ()
+    return {name: fact for name, fact in facts if isinstance(fact, dict)}
 
 
 def note(exercise: str, **facts: Any) -> None:

@@ -72,13 +72,13 @@ def ensure() -> Packed:
         return packed
     from models import build
 
-    build.ensure("int4")
     folder = _model_folder()
-    with build.workshop(folder):
-        if packed := find():  # another process made it while this one waited
-            return packed
+    with build.workshop(folder):  # first: the graph is not read for a refusal
         build.check_space(folder, NEEDED_BYTES)
-        _make(folder)
+    build.ensure("int4")
+    with build.workshop(folder):
+        if not find():  # another process may have made it while this one waited
+            _make(folder)
     packed = find()
     assert packed is not None, "what raised nothing left its files"
     return packed

@@ -60,9 +60,13 @@ class Edge:
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             method = scope["method"] if scope["method"] in METHODS else "_OTHER"
-            told = route, method, exchange.status or 499, time.perf_counter() - started
-            exemplar = trace.end(*told, exchange.failure) if trace else None
-            self.on_finish(*told, exemplar)
+            status, seconds = exchange.status or 499, time.perf_counter() - started
+            ended = route, method, status, seconds, exchange.failure
+            exemplar = trace.end(*ended) if trace else None
+            # A trace tells what was sent. What is counted is how it ended: a stream
+            # that broke under its 200 is a failure to whoever waited for the rest.
+            counted = scope["state"].get("broken") or status
+            self.on_finish(route, method, counted, seconds, exemplar)
             CURRENT.reset(token)
 
 
@@ -91,6 +95,7 @@ class Exchange:
             LOG.exception("request %s failed", self.id.decode())
             if self.status:
                 self.failure = type(error).__name__
+                self.scope["state"]["broken"] = 500
                 raise  # too late for an answer: let the server cut the connection
             await self.refuse(500, "The server failed. Try again; tell us the id.")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from serving.answers import Gathered, usage
 from serving.errors import ApiError, failed_answer
 from serving.limits import Reservation
+from serving.metrics import NEVER_S, Metrics
 from serving.plan import Plan
 from serving.service import Service
 from serving.telemetry import CURRENT
@@ -35,10 +36,14 @@ async def generate(
     streams = plan.submit(service.served(), reservation.tenant, deadline_s)
     if trace := CURRENT.get():
         trace.generates(plan.writer.object_, plan.writer.model, streams)
-    send = _send_stream if plan.stream else _send_whole
+    first = FirstTokens(service.metrics, streams)
     try:
-        await send(plan, streams, wire, headers)
+        if plan.stream:
+            await _send_stream(plan, streams, wire, headers, first)
+        else:
+            await _send_whole(plan, streams, wire, headers)
     except ApiError as error:
+        first.failed = True
         if not wire.started:
             raise
         await wire.broken(error)  # the status line said 200 long ago
@@ -46,6 +51,7 @@ async def generate(
     finally:
         for stream in streams:
             stream.cancel()  # at its end nothing; before, a free row at the next step
+        first.over()
         reservation.used = _spent(plan, streams)
     total_s = time.perf_counter() - started
     exemplar = trace.exemplar() if trace else None
@@ -53,15 +59,45 @@ async def generate(
         service.metrics.generated(
             prompt=stream.prompt_tokens,
             completion=stream.completion_tokens,
-            first_s=stream.first_token_s or None,
+            first_s=stream.first_token_s,
             total_s=total_s,
             exemplar=exemplar,
         )
     return True
 
 
+class FirstTokens:
+    """Counts when each answer's first token came, once, as soon as it is out.
+
+    Who got none counts too. Were only good answers counted, a server that lets half of
+    its callers wait in vain would seem to be quick.
+    """
+
+    def __init__(self, metrics: Metrics, streams: Sequence[AsyncStream]):
+        self.metrics, self.waiting = metrics, dict(enumerate(streams))
+        self.failed = False  # whoever still waits got an error
+
+    def left(self, index: int) -> None:
+        """A piece of this answer is on its way to the client."""
+        if index in self.waiting:
+            self._count(self.waiting.pop(index).first_token_s)
+
+    def over(self) -> None:
+        """Nothing more is to come."""
+        for stream in self.waiting.values():
+            self._count(0.0 if self.failed else stream.first_token_s)
+
+    def _count(self, seconds: float) -> None:
+        exemplar = trace.exemplar() if (trace := CURRENT.get()) else None
+        self.metrics.first(seconds or NEVER_S, exemplar)
+
+
 async def _send_stream(
-    plan: Plan, streams: Sequence[AsyncStream], wire: Wire, headers: dict[str, str]
+    plan: Plan,
+    streams: Sequence[AsyncStream],
+    wire: Wire,
+    headers: dict[str, str],
+    first: FirstTokens,
 ) -> None:
     """Send pieces as they come; a slow reader gets fewer and longer ones."""
     running = len(streams)
@@ -74,6 +110,7 @@ async def _send_stream(
                 chunk += plan.writer.ending(_usage(plan, streams))
             if chunk:
                 await wire.piece(chunk, headers, last=not running)
+            first.left(index)
 
 
 async def _send_whole(

@@ -31,10 +31,15 @@ FIRST_TOKEN_S = [
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1,
     0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10,
 ]  # fmt: skip
+# A token that never came, beyond the last edge. Not infinity: no sum, and so no mean,
+# would ever recover from it.
+NEVER_S = 2 * FIRST_TOKEN_S[-1]
 PER_TOKEN_S = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5]
 REFUSALS = ("requests_per_minute", "tokens_per_minute", "overloaded", "invalid_api_key")
-GENERATION = ("/v1/chat/completions", "/v1/completions")  # what objectives are about
-STATUSES = (200, 422, 429, 500, 503)
+WORK = ("/v1/chat/completions", "/v1/completions", "/v1/classify")  # in objectives
+# How they end, as far as a burst of it must be seen from its first. All others are rare
+# mistakes of callers; each one more here is 50 lines of every scrape.
+STATUSES = (200, 422, 429, 499, 500, 503, 504)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_TYPE = openmetrics.CONTENT_TYPE_LATEST
 
@@ -48,6 +53,10 @@ class Metrics:
         registry.register(EngineCollector(snapshot))  # type: ignore[arg-type]
         clock = Gauge("host_clock_seconds", "The wall clock.", registry=registry)
         clock.set_function(time.time)  # Prometheus compares it with its own
+        since = time.time() - time.monotonic()
+        text = "By how much the wall clock was set since the start."
+        offset = Gauge("host_clock_offset_seconds", text, registry=registry)
+        offset.set_function(lambda: time.time() - time.monotonic() - since)
         self.http = Histogram(
             "http_server_request_duration_seconds",
             "Time from the first byte of a request to the last of its answer.",
@@ -76,6 +85,8 @@ class Metrics:
         )
         for reason in REFUSALS:
             self.refused.labels(reason)
+        # Who is told the tokens of each prompt: the distribution may drift.
+        self.on_prompt: list[Callable[[float], None]] = []
         self.cancelled = Counter(
             "gen_ai_server_cancelled_requests",
             "Requests whose client left or stopped reading.",
@@ -83,7 +94,7 @@ class Metrics:
         )
         self._routes: dict[tuple[str, str, int], Any] = {
             (route, "POST", status): self.http.labels(route, "POST", str(status))
-            for route in GENERATION
+            for route in WORK
             for status in STATUSES
         }
 
@@ -117,24 +128,28 @@ class Metrics:
         if code in REFUSALS:
             self.refused.labels(code).inc()
 
+    def first(self, seconds: float, exemplar: Exemplar = None) -> None:
+        """Count when the first token of one answer came; NEVER_S for one without."""
+        self.first_token.observe(seconds, exemplar)
+
     def generated(
         self,
         *,
         prompt: int,
         completion: int,
-        first_s: float | None,
+        first_s: float,
         total_s: float,
         exemplar: Exemplar = None,
     ) -> None:
         """Count one generation that reached its end."""
         self.input_tokens.inc(prompt)
+        for tell in self.on_prompt:
+            tell(prompt)
         self.output_tokens.inc(completion)
         self.duration.observe(total_s, exemplar)
-        if first_s is not None:
-            self.first_token.observe(first_s, exemplar)
-            if completion > 1:
-                per_token_s = (total_s - first_s) / (completion - 1)
-                self.per_token.observe(per_token_s, exemplar)
+        if completion > 1:
+            per_token_s = (total_s - first_s) / (completion - 1)
+            self.per_token.observe(per_token_s, exemplar)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """What Prometheus scrapes, and its type: exemplars are for who can read them.

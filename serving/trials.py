@@ -31,6 +31,7 @@ from course.show import Table
 from models import build
 from models.sampling import Sampling
 from serving.asgi import Edge
+from serving.generate import FirstTokens
 from serving.metrics import Metrics
 from serving.telemetry import CURRENT, Telemetry
 
@@ -295,6 +296,8 @@ def watched_s(
         if trace := CURRENT.get():
             trace.generates("chat.completion", NAME, streams)
         exemplar = trace.exemplar() if trace else None
+        if metrics:
+            FirstTokens(metrics, streams).over()
         for stream in streams if metrics else ():
             metrics.generated(  # type: ignore[union-attr]
                 prompt=stream.prompt_tokens,

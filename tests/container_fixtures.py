@@ -26,7 +26,7 @@ SMALL = f"""
 FROM {BASE}
 WORKDIR /app
 COPY serve.py .
-HEALTHCHECK --interval=1s --timeout=2s --start-period=20s --retries=2 \\
+HEALTHCHECK --interval=1s --timeout=10s --start-period=60s --retries=2 \\
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000')"]
 CMD ["python", "serve.py"]
 """

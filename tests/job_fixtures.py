@@ -107,9 +107,9 @@ class OwnRedis:
         server = redis_server(self.folder, port=self.port)
         assert self.stack.enter_context(server) == self.url
 
-    def kill(self) -> None:
+    def kill(self, password: str | None = None) -> None:
         """kill -9."""
-        with redis.Redis.from_url(self.url) as client:
+        with redis.Redis.from_url(self.url, password=password) as client:
             pid = client.info("server")["process_id"]
         os.kill(pid, signal.SIGKILL)
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,14 @@ import pytest
 from course import load, process
 from course.load import Outcome
 from local_cloud.scaling import haproxy, standin
-from local_cloud.scaling.balancer import Balancer, BalancerError, wait_up
+from local_cloud.scaling.balancer import (
+    CHECK_S,
+    FALL,
+    Balancer,
+    BalancerError,
+    Member,
+    wait_up,
+)
 from local_cloud.scaling.haproxy import HAProxy
 from local_cloud.scaling.proxy import Proxy
 from tests.conftest import ROOT
@@ -64,10 +70,14 @@ both = pytest.mark.parametrize("kind", ["haproxy", "proxy"])
 def replica(*options: str) -> Iterator[tuple[int, process.Child]]:
     """A stand-in that runs, not necessarily ready."""
     port = process.free_port()
-    listening = f"http://127.0.0.1:{port}/metrics"
     argv = standin.command(port, *options)
-    with process.child(argv, ready=listening, stop_s=0.1) as running:
+    with process.child(argv, ready=numbers(port), stop_s=0.1) as running:
         yield port, running
+
+
+def numbers(port: int) -> str:
+    """Where a stand-in tells its own."""
+    return f"http://127.0.0.1:{port}/metrics"
 
 
 @contextlib.contextmanager
@@ -99,9 +109,11 @@ def enter(balancer: Balancer, ports: dict[str, int]) -> None:
     wait_up(balancer, ports)
 
 
-def ask(balancer: Balancer, timeout_s: float = 20, **body: object) -> httpx.Response:
+def ask(
+    balancer: Balancer, timeout: httpx.Timeout | float = 20, **body: object
+) -> httpx.Response:
     """One request."""
-    with httpx.Client(trust_env=False, timeout=timeout_s) as http:
+    with httpx.Client(trust_env=False, timeout=timeout) as http:
         return http.post(balancer.url + PATH, json=body)
 
 
@@ -114,10 +126,10 @@ def many(
         async with load.client(balancer.url) as http:
 
             async def send(_: int) -> Outcome:
-                return await load.post(http, PATH, body, deadline_s=20)
+                return await load.post(http, PATH, body, deadline_s=60)
 
             due = load.poisson_arrivals(rate, seconds, seed=1)
-            return await load.run_open_loop(send, due, deadline_s=60)
+            return await load.run_open_loop(send, due, deadline_s=120)
 
     return asyncio.run(work())
 
@@ -128,18 +140,29 @@ def later(seconds: float, work: Callable[[], object]) -> threading.Timer:
     return timer
 
 
-def in_flight(balancer: Balancer, name: str) -> int:
+def member(balancer: Balancer, name: str) -> Member:
     found = balancer.stats().member(name)
-    return found.in_flight if found else 0
+    assert found, f"{name} is no member"
+    return found
+
+
+def wait_down(balancer: Balancer, name: str) -> None:
+    """Wait until a member gets no more requests."""
+
+    def down() -> bool:
+        return member(balancer, name).state == "down"
+
+    process.wait_until(down, 20, f"{name} to be down", every_s=0.01)
 
 
 def busy(balancer: Balancer, names: Sequence[str]) -> str:
     """The name of a member that has a request now."""
 
     def found() -> str | None:
-        return next((name for name in names if in_flight(balancer, name)), None)
+        loads = {name: member(balancer, name).in_flight for name in names}
+        return next((name for name, load in loads.items() if load), None)
 
-    name = process.wait_until(found, 5, "a busy member", every_s=0.005)
+    name = process.wait_until(found, 20, "a busy member", every_s=0.005)
     assert name
     return name
 
@@ -155,10 +178,8 @@ def test_a_request_passes_whole_and_the_answer_says_who_gave_it(kind: str) -> No
 
 @both
 def test_without_members_callers_are_told_at_once(kind: str) -> None:
-    with made(kind) as balancer:
-        began = time.monotonic()
+    with made(kind, queue_s=600) as balancer:  # nobody waits in line for nothing
         assert ask(balancer).status_code == 503
-        assert time.monotonic() - began < 5
 
 
 @both
@@ -167,23 +188,33 @@ def test_a_broken_replica_never_gets_a_request(kind: str) -> None:
         balancer.add("broken", "127.0.0.1", port)
         with members(balancer, 1):
             outcomes = many(balancer, 100, 0.8, service_ms=1)
-            broken = balancer.stats().member("broken")
+            broken = member(balancer, "broken")
     assert all(outcome.ok for outcome in outcomes)
-    assert broken
     assert (broken.state, broken.taken) == ("down", 0)
 
 
 @both
 def test_a_killed_member_costs_no_request(kind: str) -> None:
     with made(kind) as balancer, members(balancer, 3, "--slots", "8") as children:
-        accident = later(0.3, lambda: os.kill(children["a"].pid, signal.SIGKILL))
-        outcomes = many(balancer, 100, 1.2, service_ms=30)
+
+        def kill() -> None:
+            busy(balancer, "a")
+            os.kill(children["a"].pid, signal.SIGKILL)
+
+        accident = later(0.1, kill)
+        outcomes = many(balancer, 100, 0.8, service_ms=60)
         accident.join()
-        traffic = balancer.stats()
+        wait_down(balancer, "a")
+        process.wait_until(  # an answer is counted after its last byte
+            lambda: balancer.stats().answered == len(outcomes), 10, "all to be counted"
+        )
+        assert balancer.stats().retried > 0
     assert [o.error for o in outcomes if not o.ok] == []
-    assert traffic.member("a").state == "down"  # type: ignore[union-attr]
-    assert traffic.retried > 0
-    assert traffic.answered == len(outcomes)
+
+
+def test_a_member_that_died_is_out_within_a_second() -> None:
+    """By construction: the looks that fail, and the one that was just before."""
+    assert CHECK_S * (FALL + 1) <= 1
 
 
 @both
@@ -191,12 +222,11 @@ def test_a_stopped_member_is_taken_out_and_its_requests_go_elsewhere(kind: str) 
     settings: dict[str, Any] = {"check_timeout_s": 0.4, "silence_s": 0.8}
     with made(kind, **settings) as balancer, members(balancer, 2) as children:
         os.kill(children["a"].pid, signal.SIGSTOP)
-        outcomes = many(balancer, 40, 1.8, service_ms=5)
-        traffic = balancer.stats()
+        outcomes = many(balancer, 40, 1.0, service_ms=5)
+        wait_down(balancer, "a")
         os.kill(children["a"].pid, signal.SIGCONT)
         wait_up(balancer, "a")  # it comes back by itself
     assert [o.error for o in outcomes if not o.ok] == []
-    assert traffic.member("a").state == "down"  # type: ignore[union-attr]
 
 
 @both
@@ -209,38 +239,35 @@ def test_a_slow_member_gets_less(kind: str) -> None:
         balancer.add("slow", "127.0.0.1", port)
         wait_up(balancer, ["slow"])
         outcomes = many(balancer, 60, 1.2)
-        balancer.remove("slow")
-        taken = {one.name: one.taken for one in balancer.stats().members}
+        taken = member(balancer, "slow").taken
     assert all(outcome.ok for outcome in outcomes)
-    assert len(outcomes) - sum(taken.values()) < len(outcomes) / 4
+    assert 0 < taken < len(outcomes) / 3  # less than in turns
 
 
 @both
 def test_a_drain_lets_a_running_stream_finish(kind: str) -> None:
     with made(kind) as balancer, members(balancer, 2):
+        url, short = balancer.url + PATH, {"service_ms": 1}
+        long = {"service_ms": 900, "pieces": 9}
         with (
-            httpx.Client(trust_env=False) as http,
-            http.stream(
-                "POST", balancer.url + PATH, json={"service_ms": 900, "pieces": 9}
-            ) as answer,
+            httpx.Client(trust_env=False, timeout=20) as http,
+            http.stream("POST", url, json=long) as answer,
         ):
             pieces = answer.iter_text()
             got = [next(pieces)]
             name = busy(balancer, "ab")
             balancer.drain(name)
-            before = balancer.stats().member(name)
-            others = [ask(balancer, service_ms=1).status_code for _ in range(6)]
-            assert in_flight(balancer, name) == 1  # the stream still runs
+            before = member(balancer, name)
+            others = [http.post(url, json=short).status_code for _ in range(6)]
             got += pieces
-        after = balancer.stats().member(name)
+        after = member(balancer, name)
         balancer.remove(name)
         assert balancer.stats().member(name) is None
+    assert before.in_flight == 1  # the stream ran on
     assert "".join(got).count("data: ") == 10
     assert got[-1].endswith("[DONE]\n\n")
-    assert len(got) >= 9  # unbuffered: a piece at a time
+    assert len(got) > 4  # it was not held back
     assert others == [200] * 6
-    assert before
-    assert after
     assert before.taken == after.taken
 
 
@@ -261,39 +288,47 @@ def test_removal_waits_for_what_has_begun(kind: str) -> None:
 
 @both
 def test_members_come_and_go_without_a_failed_request(kind: str) -> None:
-    with made(kind) as balancer, members(balancer, 2, "--slots", "8"):
+    told: list[int] = []
+    with (
+        made(kind) as balancer,
+        members(balancer, 2, "--slots", "8"),
+        replica("--slots", "8") as (port, _),
+    ):
+
+        def served() -> int:
+            told.append(ask(balancer, service_ms=1).status_code)
+            return member(balancer, "guest").taken
 
         def come_and_go() -> None:
-            for _ in range(2):
-                with replica("--slots", "8") as (port, _):
-                    balancer.add("guest", "127.0.0.1", port)
-                    wait_up(balancer, ["guest"])
-                    time.sleep(0.1)
-                    balancer.remove("guest")
+            for _ in range(3):
+                balancer.add("guest", "127.0.0.1", port)
+                wait_up(balancer, ["guest"])
+                process.wait_until(served, 20, "the guest to serve", every_s=0.01)
+                balancer.remove("guest")
 
-        churn = later(0.2, come_and_go)
-        outcomes = many(balancer, 80, 1.6, service_ms=20)
+        churn = later(0.1, come_and_go)
+        outcomes = many(balancer, 80, 1.2, service_ms=20)
         churn.join()
     assert [o.error for o in outcomes if not o.ok] == []
+    assert set(told) == {200}
 
 
 @both
 def test_slots_make_one_line_in_the_balancer(kind: str, shared: dict[str, int]) -> None:
     with made(kind, "queue", slots=1) as balancer:
         enter(balancer, shared)
-        lines: list[int] = []
+        top: list[int] = []
 
         def line() -> bool:
-            lines.append(balancer.stats().queue)
-            return lines[-1] > 2
+            traffic = balancer.stats()
+            top.extend(one.in_flight for one in traffic.members)
+            return traffic.queue > 2
 
-        look = later(0, lambda: process.wait_until(line, 5, "a line", every_s=0.01))
+        look = later(0, lambda: process.wait_until(line, 20, "a line", every_s=0.01))
         outcomes = many(balancer, 200, 0.1, service_ms=100)
         look.join()
-        top = max(one.in_flight for one in balancer.stats().members)
     assert all(outcome.ok for outcome in outcomes)
-    assert lines[-1] > 2
-    assert top <= 1
+    assert max(top) == 1
 
 
 @both
@@ -309,31 +344,29 @@ def test_who_waits_too_long_in_line_is_told(kind: str, shared: dict[str, int]) -
 def test_a_client_that_leaves_frees_its_place(kind: str) -> None:
     with made(kind, "queue", slots=1) as balancer, members(balancer, 1):
         with pytest.raises(httpx.ReadTimeout):
-            ask(balancer, timeout_s=0.3, service_ms=5000)
-        process.wait_until(
-            lambda: not in_flight(balancer, "a"), 3, "the place to be free"
-        )
+            ask(balancer, httpx.Timeout(20, read=0.3), service_ms=600_000)
+
+        def free() -> bool:
+            seen = member(balancer, "a")
+            return seen.taken == 1 and not seen.in_flight
+
+        process.wait_until(free, 20, "the place to be free")
 
 
 @both
-@pytest.mark.parametrize(
-    ("name", "host", "port"),
-    [
-        ("two words", "127.0.0.1", 80),
-        ("a;shutdown", "127.0.0.1", 80),
-        ("", "127.0.0.1", 80),
-        ("a", "localhost\n", 80),
-        ("a", "somewhere", 80),
-        ("a", "127.0.0.1", 0),
-        ("a", "127.0.0.1", 65_536),
-    ],
-)
-def test_impossible_members_are_refused(
-    kind: str, name: str, host: str, port: int
-) -> None:
+def test_impossible_members_are_refused(kind: str) -> None:
     with made(kind) as balancer:
-        with pytest.raises(ValueError, match=r"Expected .* found"):
-            balancer.add(name, host, port)
+        for name, host, port in [
+            ("two words", "127.0.0.1", 80),
+            ("a;shutdown", "127.0.0.1", 80),
+            ("", "127.0.0.1", 80),
+            ("a", "localhost\n", 80),
+            ("a", "somewhere", 80),
+            ("a", "127.0.0.1", 0),
+            ("a", "127.0.0.1", 65_536),
+        ]:
+            with pytest.raises(ValueError, match=r"Expected .* found"):
+                balancer.add(name, host, port)
         assert balancer.stats().members == ()
 
 
@@ -404,19 +437,24 @@ def test_numbers_for_prometheus(shared: dict[str, int]) -> None:
 def test_what_is_sent_again(settings: dict, text: str, status: int) -> None:
     """Its member dies while it works on a POST: the balancer may send it elsewhere."""
     got: list[int] = []
+    for_ever, at_once = ("--service-ms", "600000"), ("--service-ms", "1")
     with (
         HAProxy(slow_start_s=0, **settings) as balancer,
-        members(balancer, 2) as children,
+        replica("--shape", "constant", *for_ever) as (a, dies),
+        replica("--shape", "constant", *at_once) as (b, _),
     ):
-
-        def call() -> None:
-            got.append(ask(balancer, service_ms=600, text=text).status_code)
-
-        caller = threading.Thread(target=call)
+        enter(balancer, {"a": a})
+        caller = threading.Thread(
+            target=lambda: got.append(ask(balancer, text=text).status_code)
+        )
         caller.start()
-        name = busy(balancer, "ab")
-        time.sleep(0.1)  # until the whole body has reached it
-        children[name].process.kill()
+
+        def read() -> bool:
+            return "standin_in_flight 1" in httpx.get(numbers(a), trust_env=False).text
+
+        process.wait_until(read, 20, "the whole request to be at a")
+        enter(balancer, {"b": b})
+        dies.process.kill()
         caller.join()
     assert got == [status]
 
@@ -431,7 +469,7 @@ def test_a_dead_haproxy_is_explained() -> None:
         os.kill(balancer.pid, signal.SIGKILL)
         with pytest.raises(BalancerError, match="Was it stopped"):
             process.wait_until(
-                lambda: not balancer.stats(), 5, "an error", every_s=0.01
+                lambda: not balancer.stats(), 20, "an error", every_s=0.01
             )
 
 
@@ -480,7 +518,7 @@ def test_a_real_model_streams_through_a_drain() -> None:
         leaving = later(0, leave)
         outcome = asyncio.run(stream(balancer.url + PATH, body))
         leaving.join()
-        running.process.wait(10)
+        running.process.wait(60)
         assert ask(balancer).status_code == 503
     assert outcome.ok, outcome.error
     assert outcome.finish_reason in ("stop", "length")

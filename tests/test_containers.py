@@ -135,12 +135,12 @@ def test_the_context_holds_what_the_ignore_file_lets_through(
     try:
         look = ["python", "-c", "import os; print(sorted(os.listdir('/all')))"]
         with docker.container("course-test:all", command=look) as box:
-            box.wait_exit(20)
+            box.wait_exit(60)
             assert box.logs() == "['serve.py']"  # classic builders drop the rest
         with docker.container(
             "course-test:all", command=["python", "/all/serve.py"]
         ) as box:
-            box.wait_exit(20)
+            box.wait_exit(60)
             assert box.logs() == "1"
     finally:
         docker.untag("course-test:all")
@@ -252,7 +252,7 @@ def test_a_container_becomes_healthy_serves_and_ends_with_its_block(
     docker: Engine, small: str
 ):
     with docker.container(small, port=8000, mem_limit="64m") as box:
-        assert box.wait_healthy(30) > 0
+        assert box.wait_healthy(60) > 0
         assert process.answers(box.url)
         assert box.url.startswith("http://127.0.0.1:")
         used = box.stats()
@@ -295,13 +295,11 @@ def test_a_container_that_never_becomes_healthy(docker: Engine, small: str):
         "-c",
         "print('not serving', flush=True); import time; time.sleep(99)",
     ]
-    with (
-        pytest.raises(
-            ContainerError, match="healthy within 4 s, found it running"
-        ) as late,
-        docker.container(small, command=deaf) as box,
-    ):
-        box.wait_healthy(4)
+    words = r"healthy within 0\.1 s, found it running"
+    with docker.container(small, command=deaf) as box:
+        process.wait_until(box.logs, 60, "a word of it")
+        with pytest.raises(ContainerError, match=words) as late:
+            box.wait_healthy(0.1)
     assert "not serving" in str(late.value)
     assert "health " in str(late.value)
 
@@ -313,7 +311,7 @@ def test_a_container_that_ends_instead(docker: Engine, small: str):
         pytest.raises(ContainerError, match="exit code 1") as ended,
         docker.container(small, port=8000, command=rude) as box,
     ):
-        box.wait_ready("/", 20)
+        box.wait_ready("/", 60)
     assert "no such setting" in str(ended.value)
 
 
@@ -322,7 +320,7 @@ def test_more_memory_than_the_limit_is_told_as_such(docker: Engine, small: str):
     greedy = ["python", "-c", "x = bytearray(200 << 20)"]
     limits: dict[str, Any] = {"mem_limit": "32m", "memswap_limit": "32m"}
     with docker.container(small, command=greedy, **limits) as box:
-        assert box.wait_exit(20) == 137
+        assert box.wait_exit(60) == 137
         assert box.state["OOMKilled"]
         with pytest.raises(
             ContainerError, match=r"killed \(137\) for using more memory"
@@ -331,11 +329,12 @@ def test_more_memory_than_the_limit_is_told_as_such(docker: Engine, small: str):
 
 
 @needs_docker
-def test_half_a_cpu_is_counted_by_the_kernel(docker: Engine, small: str):
+def test_a_share_of_a_cpu_is_counted_by_the_kernel(docker: Engine, small: str):
+    # So small a share that a busy machine gives more, and the quota has work to do.
     busy = ["python", "-c", "while True: pass"]
-    with docker.container(small, command=busy, nano_cpus=500_000_000) as box:
+    with docker.container(small, command=busy, nano_cpus=50_000_000) as box:
         throttled = process.wait_until(
-            lambda: box.stats().throttled_periods, 20, "throttled periods"
+            lambda: box.stats().throttled_periods, 60, "throttled periods"
         )
     assert throttled > 0
 
@@ -373,7 +372,7 @@ def test_a_child_killed_in_mid_run_leaves_nothing(docker: Engine, small: str):
         label = f"{engine.RUN_LABEL}={running.stdout.readline().strip()}"
         assert len(docker.having(label)) == 1
         running.send_signal(number)
-        running.communicate(timeout=30)
+        running.communicate(timeout=60)
         assert docker.having(label) == []
 
 
@@ -423,7 +422,7 @@ def test_compose_takes_down_what_failed_to_come_up(
         pytest.raises(ContainerError, match="Expected `compose up"),
         compose.project(docker, file) as stack,
     ):
-        stack.up(40)
+        stack.up(90)
     assert docker.having(stack.label) == []
 
 
@@ -434,7 +433,7 @@ def test_compose_from_up_to_down(docker: Engine, small: str, tmp_path: Path):
     service = {"image": small, "ports": ["127.0.0.1::8000"]}
     file.write_text(json.dumps({"services": {"api": service}}))
     with compose.project(docker, file) as stack:
-        assert stack.up(40) > 0
+        assert stack.up(90) > 0
         box = stack.container("api", 8000)
         assert isinstance(box, Container)
         assert process.answers(box.url)
@@ -458,5 +457,5 @@ def test_compose_finds_its_port_in_use(docker: Engine, small: str, tmp_path: Pat
             pytest.raises(ContainerError, match=r"already (allocated|in use)"),
             compose.project(docker, file) as stack,
         ):
-            stack.up(40)
+            stack.up(90)
     assert docker.having(stack.label) == []

@@ -52,7 +52,7 @@ def python(*argv: str, **options) -> subprocess.CompletedProcess[str]:
         env=env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         **{"stdin": subprocess.DEVNULL, **options},
     )
 
@@ -276,11 +276,10 @@ def ask(url: str, **options) -> Outcome:
     return asyncio.run(one())
 
 
-@pytest.mark.parametrize("loop", ["closed", "open"])
-def test_only_an_open_loop_shows_a_stall_as_users_meet_it(server, loop) -> None:
+def test_only_an_open_loop_shows_a_stall_as_users_meet_it(server) -> None:
     """100 requests; the 20th makes the server stall for 0.8 s. Who notices?"""
 
-    async def run() -> list[Outcome]:
+    async def run(loop: str) -> list[Outcome]:
         async with load.client(server) as client:
 
             async def send(_: int) -> Outcome:
@@ -290,18 +289,19 @@ def test_only_an_open_loop_shows_a_stall_as_users_meet_it(server, loop) -> None:
                 return await load.run_closed_loop(send, clients=1, requests=100)
             return await load.run_open_loop(send, load.constant_arrivals(100, 1))
 
-    outcomes = asyncio.run(run())
-    found = load.summarise(outcomes, 1, 1)
-    assert found.ok == 100
-    assert found.total is not None
-    assert found.total.max > 0.7
-    met_the_stall = sum(outcome.total_s > 0.25 for outcome in outcomes)
-    if loop == "closed":  # one unlucky request, which no percentile shows
-        assert met_the_stall <= 5
-        assert found.total.p90 < 0.25
-    else:  # everyone due in the 0.55 s before it was nearly over: 55 of 100
-        assert met_the_stall >= 40
-        assert found.total.p50 > 0.25
+    def told(outcomes: list[Outcome]) -> tuple[int, measure.Series]:
+        found = load.summarise(outcomes, 1, 1)
+        assert found.ok == 100
+        assert found.total is not None
+        assert found.total.max > 0.7
+        return sum(outcome.total_s > 0.25 for outcome in outcomes), found.total
+
+    # One unlucky request, which no percentile shows; or everyone who was due in the
+    # 0.55 s before it was nearly over: 55 of 100. A slow machine adds to both.
+    closed, closed_s = told(asyncio.run(run("closed")))
+    opened, opened_s = told(asyncio.run(run("open")))
+    assert opened > 4 * closed
+    assert closed_s.p90 < opened_s.p50
 
 
 def test_a_streamed_answer_is_timed_piece_by_piece(server) -> None:
@@ -314,8 +314,14 @@ def test_a_streamed_answer_is_timed_piece_by_piece(server) -> None:
     assert found.first_token_s is not None
     # The role alone is no token; half of a line is none either.
     assert 0.14 <= found.first_token_s < found.total_s
-    assert found.gaps_s[0] > 0.1  # the server waited 0.4 s there
+    assert found.first_token_s + found.gaps_s[0] > 0.5  # the server waited 0.4 s there
     assert found.time_per_token_s == pytest.approx(sum(found.gaps_s) / 6)
+
+
+def test_each_piece_is_told_when_it_comes(server) -> None:
+    told: list[int] = []
+    assert ask(f"{server}/chat", on_piece=told.append).ok
+    assert told == [1, 2, 3]
 
 
 def test_a_text_completion_is_read_too_and_its_pieces_counted(server) -> None:
@@ -345,9 +351,9 @@ def test_what_goes_wrong_is_an_outcome(server, path, status, error) -> None:
 
 
 def test_an_answer_that_never_ends_is_ended(server) -> None:
-    found = ask(f"{server}/hang", deadline_s=0.5)
+    found = ask(f"{server}/hang", deadline_s=1)
     assert found.text == "a"
-    assert found.error == "no complete answer within 0.5 s"
+    assert found.error == "no complete answer within 1 s"
 
 
 def test_a_server_that_is_not_there_is_an_outcome() -> None:
@@ -512,7 +518,7 @@ def family(running: process.Child) -> list[int]:
 
 def all_gone(pids: list[int]) -> bool:
     """Whether all end at once: a killed process still takes its milliseconds."""
-    return process.wait_until(lambda: all(map(gone, pids)), 5, f"the end of {pids}")
+    return process.wait_until(lambda: all(map(gone, pids)), 20, f"the end of {pids}")
 
 
 def gone(pid: int) -> bool:
@@ -569,7 +575,7 @@ def test_ctrl_c_ends_child_and_grandchild(tmp_path, stop_s) -> None:
     process.wait_until((tmp_path / "asked").exists, 20, "the child to be asked to end")
     if stop_s == 60:
         parent.send_signal(signal.SIGINT)
-    _, errors = parent.communicate(timeout=20)
+    _, errors = parent.communicate(timeout=60)
     assert "KeyboardInterrupt" in errors
     assert all_gone(pids)
 
@@ -587,13 +593,19 @@ def test_a_child_that_dies_early_shows_its_last_words() -> None:
 
 
 def test_a_child_that_is_never_ready_is_ended_at_the_deadline(tmp_path) -> None:
-    argv = ["sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 60"]
+    pid = tmp_path / "pid"
+
+    def never() -> bool:
+        process.wait_until(lambda: pid.exists() and pid.read_text(), 20, "a start")
+        return False
+
+    argv = ["sh", "-c", f"echo $$ > {pid}; exec sleep 60"]
     with (
-        pytest.raises(process.ChildError, match=r"to be ready within 1 s"),
-        process.child(argv, ready=lambda: False, deadline_s=1),
+        pytest.raises(process.ChildError, match=r"to be ready within 0\.1 s"),
+        process.child(argv, ready=never, deadline_s=0.1),
     ):
         pytest.fail("it was never ready")
-    assert gone(int((tmp_path / "pid").read_text()))
+    assert gone(int(pid.read_text()))
 
 
 def test_a_child_gets_its_variables_beside_ours(monkeypatch) -> None:
@@ -909,7 +921,7 @@ def test_a_signal_ends_the_lesson_and_what_it_started(
         if line == "hanging\n":
             break
     started.send_signal(number)
-    rest, errors = started.communicate(timeout=20)
+    rest, errors = started.communicate(timeout=60)
     assert started.returncode == code
     assert rest.count("closed") == 2  # the demo's own block and what was kept
     assert "Traceback" not in errors

@@ -28,7 +28,7 @@ import pytest
 import monitoring_setup
 from course.load import client, stream_chat
 from course.process import wait_until
-from local_cloud.monitoring import grafana, live, panels, stack, terminal
+from local_cloud.monitoring import deployed, grafana, live, panels, stack, terminal
 from local_cloud.monitoring.panels import (
     Panel,
     Prometheus,
@@ -90,11 +90,14 @@ class Target:
 
     def __init__(self) -> None:
         self.text: str | None = ""
+        self.key = ""
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.send_response(500 if owner.text is None else 200)
+                known = self.headers.get("authorization", "") == f"Bearer {owner.key}"
+                status = 500 if owner.text is None else 200
+                self.send_response(401 if owner.key and not known else status)
                 self.end_headers()
                 self.wfile.write((owner.text or "").encode())
 
@@ -208,6 +211,35 @@ def test_panels_in_grafana_lie_side_by_side_and_ask_the_same():
         assert user["datasource"]["uid"] == f"${{{variable['name']}}}"
 
 
+def test_deploy_says_what_it_wrote_and_takes_back_what_it_wrote_once(
+    tmp_path: Path, capsys
+):
+    pytest.importorskip("yaml", reason="pip install -r requirements-tests.txt")
+    stale, own = (tmp_path / "prometheus" / name for name in ("old.yml", "mine.yml"))
+    own.parent.mkdir()
+    stale.write_text(f"{deployed.NOTE}groups: []\n")
+    own.write_text("groups: []\n")
+    deployed.write(
+        monitoring_setup.groups(),
+        monitoring_setup.rule_tests(),
+        monitoring_setup.PANELS,
+        tmp_path,
+    )
+    said = set(map(Path, capsys.readouterr().out.splitlines()))
+    there = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert there == said | {own}
+    assert tmp_path / "prometheus" / "rules.yml" in said
+    assert tmp_path / "grafana" / "dashboards" / "model-api.json" in said
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1e6", "inf", "nan", "much"])
+def test_a_scale_that_leaves_no_window_is_refused(text: str, capsys):
+    argv = ["--watch", "http://127.0.0.1:9", "--scale", text]
+    with pytest.raises(SystemExit, match="2"):
+        monitoring_setup.main(argv)
+    assert "--scale" in capsys.readouterr().err
+
+
 # The two that answer
 
 
@@ -258,27 +290,31 @@ def test_both_answer_the_same_of_the_same_samples(prometheus):
 @pytest.mark.prometheus
 def test_prometheus_knows_what_was_before_the_page_was_opened(prometheus):
     source = Prometheus(prometheus.prometheus_url, LIVE)
-    past = wait_until(lambda: source.past(60), DEADLINE_S, "a past")
-    times = [at for at, _ in past]
+    (own,) = prometheus.query('process_start_time_seconds{job="prometheus"}')
+
+    def told() -> tuple[float, list[float]] | None:
+        now, past = time.time(), source.past(60)
+        return (now, [at for at, _ in past]) if past else None
+
+    asked, times = wait_until(told, DEADLINE_S, "a past")
     assert all(b - a == 1 for a, b in pairwise(times))
-    assert time.time() - times[-1] < 3
-    assert len(past) < 60 or not math.isfinite(past[0][1][0])  # young: not filled up
+    assert asked - times[-1] < 3
+    assert times[0] >= float(own["value"][1])  # a young one is not filled up
 
 
 @pytest.mark.prometheus
 def test_a_prometheus_that_hangs_is_reported_and_recovers(prometheus, monkeypatch):
     monkeypatch.setattr(panels, "TIMEOUT_S", 0.5)
     watch = Watch(LIVE, Prometheus(prometheus.prometheus_url, LIVE))
-    watch.look()
-    assert watch.fault == ""
+    wait_until(lambda: watch.look() or not watch.fault, DEADLINE_S, "its answer")
     pid = prometheus.pids()[0]
     os.kill(pid, signal.SIGSTOP)
     try:  # all its threads do not stop at the very moment
-        wait_until(lambda: watch.look() or watch.fault, DEADLINE_S, "a fault")
+        hangs = lambda: watch.look() or "timed out" in watch.fault  # noqa: E731
+        wait_until(hangs, DEADLINE_S, "a fault")
     finally:
         os.kill(pid, signal.SIGCONT)
     assert prometheus.prometheus_url in watch.fault
-    assert "timed out" in watch.fault
     assert not any(map(math.isfinite, watch.points[-1][1]))
     wait_until(lambda: watch.look() or not watch.fault, DEADLINE_S, "its answer")
 
@@ -314,6 +350,63 @@ def test_the_source_is_found_by_asking(target: Target):
         assert found.url == target.url
     with pytest.raises(SourceError, match=r"Expected an answer from .*: .*refused"):
         panels.source("http://127.0.0.1:9", QUEUE)
+
+
+def test_metrics_behind_a_key_are_read_with_it_or_say_how(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    file = tmp_path / "metrics_key"
+    target.text, target.key = "queued 1\n", "only-for-metrics-01"
+    monkeypatch.delenv("METRICS_KEY_FILE", raising=False)
+    assert terminal.show(target.url, QUEUE, looks=1) == 1
+    said = capsys.readouterr().err
+    assert "found: 401" in said
+    assert "METRICS_KEY_FILE" in said
+    assert "Prometheus" in said
+
+    monkeypatch.setenv("METRICS_KEY_FILE", str(file))
+    for bad in (None, "", "two words\n", "kéy"):
+        if bad is not None:
+            file.write_text(bad, "utf-8")
+        with pytest.raises(SourceError, match="expected a file with one key, found"):
+            panels.source(target.url, QUEUE)
+    file.write_text(f"{target.key}\n")
+    assert has_data(panels.source(target.url, QUEUE))
+
+
+def test_who_reads_while_another_looks_sees_whole_pictures():
+    """A fault and the gap that it explains; and no list changes under its reader."""
+
+    class Moody:
+        name, turn = "moody", 0
+
+        def read(self) -> panels.Values:
+            self.turn += 1
+            if self.turn % 2:
+                raise SourceError("odd")
+            return [1.0]
+
+        def past(self, seconds: int) -> list[tuple[float, panels.Values]]:
+            return []
+
+    watch, over = Watch(QUEUE, Moody()), threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            watch.look()
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(3000):
+            points, fault = watch.shown
+            if points:
+                assert math.isfinite(points[-1][1][0]) == (fault == "")
+            watch.current()
+    finally:
+        over.set()
+        looking.join()
+    assert 0 < len(watch.points) <= panels.SHOWN_S
 
 
 @pytest.mark.prometheus

@@ -20,6 +20,7 @@ from course import process
 from course.lesson import Failure, Run, Skip
 from docker_deployment import DEVICE, EDGE, HARDENED, SMALL, STARVED, serving
 from local_cloud.containers import compose, packages, scanners, trials
+from local_cloud.containers.demo import plainly
 from local_cloud.containers.engine import Container, Engine, NoEngine
 from tests.container_fixtures import BASE, program
 
@@ -259,17 +260,25 @@ def test_no_new_privileges_is_what_stops_a_program_of_roots(docker: Engine, imag
 def test_a_stop_in_mid_answer_cuts_nothing(docker: Engine, image: str):
     with docker.container(image, **serving(KEY, SMALL), **HARDENED) as box:
         box.wait_ready("/health/ready", 60)
-        end = trials.drain(box, KEY, lambda: box.made.stop(timeout=30))
+        end = trials.drain(box, KEY, lambda: box.made.stop(timeout=60))
     assert end.whole
+    assert end.before > 0
     assert end.after > 0
     assert end.exit_code == 0
 
 
 @needs_docker
 def test_too_little_memory_for_the_model(docker: Engine, image: str):
-    with docker.container(image, **serving(KEY, SMALL), **STARVED) as box:
-        assert box.wait_exit(60) == 137
-        assert box.state["OOMKilled"]
+    starved = {**serving(KEY, SMALL), **STARVED}
+    code, _, found = trials.endure(docker, image, KEY, starved)
+    assert (code, found) == (137, "killed by the kernel while it started")
+
+
+@needs_docker
+def test_enough_memory_is_no_failure_of_the_lesson(docker: Engine, image: str):
+    enough = {**serving(KEY, SMALL), **HARDENED}
+    code, _, found = trials.endure(docker, image, KEY, enough, callers=2, words=30)
+    assert (code, found) == (None, "not killed when 2 long prompts came")
 
 
 THREADS = """
@@ -302,7 +311,7 @@ def test_half_a_core_at_the_edge_gets_one_thread_and_still_answers(
         (told,) = trials.ask(box.url, KEY, tokens=8)
         used = box.stats()
     assert told.tokens == 8
-    assert used.throttled_periods > 0
+    assert used.periods > 0  # it has a quota; what that does depends on who else works
     assert used.memory_bytes < 512 * 2**20
 
 
@@ -426,12 +435,12 @@ def test_ctrl_c_takes_down_what_the_lesson_started(
     try:
         (box,) = process.wait_until(
             lambda: running(docker, mark, status="running"),
-            60,
+            120,
             "a container",
             every_s=0.1,
         )
         os.killpg(begun.pid, signal.SIGINT)
-        _, said = begun.communicate(timeout=60)
+        _, said = begun.communicate(timeout=120)
     finally:
         begun.kill()
         begun.communicate()
@@ -439,7 +448,7 @@ def test_ctrl_c_takes_down_what_the_lesson_started(
     assert "Interrupted; what was started has been stopped." in said
     assert "Traceback" not in said
     # That of a build is the engine's to end: it may take a moment.
-    process.wait_until(lambda: not running(docker, mark), 20, "no container")
+    process.wait_until(lambda: not running(docker, mark), 60, "no container")
     stack = box.labels.get("com.docker.compose.project", mark)
     assert docker.having(f"com.docker.compose.project={stack}") == []
     made = [i for i in docker.client.images.list(all=True) if mark in str(i.history())]
@@ -452,22 +461,22 @@ def test_ctrl_c_takes_down_what_the_lesson_started(
 
 @needs_docker
 def test_a_failing_demo_ends_in_words_with_everything_down(docker: Engine):
-    @docker_deployment.plainly
-    def demo(run: Run) -> None:
+    @plainly
+    def shown(run: Run) -> None:
         with docker.container(BASE, command=["python", "-c", "exit(3)"]) as box:
             box.wait_healthy(10)
 
     with pytest.raises(Failure, match="exit code 3"):  # and nothing left: `docker`
-        demo(Run())
+        shown(Run())
 
 
 def test_a_demo_without_an_engine_is_a_skip():
-    @docker_deployment.plainly
-    def demo(run: Run) -> None:
+    @plainly
+    def shown(run: Run) -> None:
         raise NoEngine("nothing here", "start one")
 
     with pytest.raises(Skip, match="nothing here") as skipped:
-        demo(Run())
+        shown(Run())
     assert skipped.value.command == "start one"
 
 

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from starlette.testclient import TestClient
 
 from local_cloud.monitoring import drift
 from local_cloud.monitoring.drift import WINDOW, DriftCollector, Watch
 from local_cloud.monitoring.light_load import CODE, ENGLISH, prompts
 from local_cloud.monitoring.scrape import parse
+from model_api import create_app
 from models import Model
 from monitoring_setup import psi
+from serving.settings import Settings
 
 LARGE = 10_000  # values of a baseline whose own error is small
 
@@ -118,6 +121,25 @@ def test_it_is_exported_under_the_name_the_alert_reads():
     assert score > seen.total("model_input_drift_limit", feature="prompt_tokens") > 0
     assert math.isnan(seen.total("model_input_drift_psi", feature="words"))
     assert seen.series("model_output_drift_psi", feature="confidence")
+
+
+def test_an_api_exports_the_drift_of_its_prompts_once_it_is_asked_to(model: Model):
+    app = create_app(Settings(), model=model)
+    with TestClient(app, client=("127.0.0.1", 1)) as http:
+        assert "model_input_drift" not in http.get("/metrics").text
+        watch = Watch("prompt_tokens", [float(i % 8) for i in range(WINDOW)], psi)
+        metrics = app.state.service.metrics
+        drift.watch_prompts(metrics, watch)
+        body = {"model": model.name, "prompt": "Tell me of the sea.", "max_tokens": 1}
+        told = http.post("/v1/completions", json=body).json()["usage"]
+        assert sum(watch._counts) == 1
+        for _ in range(WINDOW - 1):
+            metrics.generated(
+                prompt=told["prompt_tokens"], completion=1, first_s=0.1, total_s=0.1
+            )
+        seen = parse(http.get("/metrics").text)
+    score = seen.total("model_input_drift_psi", feature="prompt_tokens")
+    assert score > seen.total("model_input_drift_limit", feature="prompt_tokens")
 
 
 @pytest.mark.parametrize(

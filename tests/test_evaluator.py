@@ -92,10 +92,14 @@ def recorded(seed: int) -> dict[tuple[str, tuple[tuple[str, str], ...]], Values]
             3e8 + max(0, step - 60) * 1e7 + draw.random() * 1e6 for step in steps
         ],
         "model_input_drift_psi": [math.nan] * 80 + [0.3] * 60 + [0.1] * 100,
+        "model_input_drift_limit": [0.2] * STEPS,
         "host_clock_seconds": [
             step * STEP_S + (9.0 if 50 <= step < 90 else 0) for step in steps
         ],
     }
+    gauges["host_clock_offset_seconds"] = [
+        1000.0 + (9 if 50 <= step < 90 else 0) for step in steps
+    ]
     for name, values in gauges.items():
         series[name, (("job", "api"),)] = values
     return series
@@ -181,6 +185,7 @@ def test_it_agrees_with_prometheus_at_every_evaluation(seed: int, tmp_path: Path
     tests = expectations(series, groups)
     states = str([test["exp_samples"] for test in tests if test["expr"] == "ALERTS"])
     alerts = {"AvailabilityBurn", "FirstTokenBurn", "TargetDown", "MemoryGrows", "Held"}
+    alerts |= {"ClockStep", "ClockSkew", "InputDrift"}
     missing = {name for name in alerts if name not in states}
     assert not missing, "the recording must have something to disagree about"
     promtool(tmp_path, groups, series, tests)
@@ -302,12 +307,15 @@ def test_targets_that_hang_trickle_or_talk_nonsense_are_down_and_harm_no_other()
         with Evaluator(rules, targets, scale=60) as evaluator:
             evaluator.await_scraped()
             asked = fine.asked
-            wait_until(lambda: fine.asked > asked + 3, 10, "the beat to go on")
+            wait_until(lambda: fine.asked > asked + 3, 20, "the beat to go on")
             down = {"trickle": 0, "nonsense": 0, "silent": 0, "nobody": 0}
-            wait_until(lambda: values(evaluator, "up") == {"fine": 1, **down}, 10, "up")
-            assert values(evaluator, "x") == {"fine": 1}
-            alerts = {alert["labels"]["job"] for alert in evaluator.alerts()}
-            assert alerts == set(down)
+
+            def as_it_is() -> bool:  # a scrape may be late: then all look again
+                alerts = {alert["labels"]["job"] for alert in evaluator.alerts()}
+                seen = values(evaluator, "up"), values(evaluator, "x"), alerts
+                return seen == ({"fine": 1, **down}, {"fine": 1}, set(down))
+
+            wait_until(as_it_is, 30, "the fine one up and the others down")
 
 
 def test_a_dead_receiver_is_told_when_it_is_back_and_delays_no_other():
@@ -374,6 +382,49 @@ def test_a_receiver_that_is_dead_for_long_costs_no_memory():
     assert len(evaluator.outboxes[0].waiting) == MOST_WAITING
 
 
+def test_a_page_for_a_dead_receiver_is_not_pushed_out_by_the_watchdog():
+    hook = Webhook()
+    hook.stop()
+    evaluator = Evaluator([], {}, [hook])
+    rules = Rules(
+        group(rule("High", "vector(9)", "page"), rule("Watchdog", "vector(1)", "none"))
+    )
+    rules.evaluate(Samples(10), 0)
+    page, beat = rules.alerts()
+    (outbox,) = evaluator.outboxes
+    evaluator._tell(beat)
+    for alert in (page, *[beat] * 3 * MOST_WAITING):
+        evaluator._tell(alert)
+    told = [one["groupLabels"]["alertname"] for one in outbox.waiting]
+    assert told == ["Watchdog", "High"]
+
+
+def test_notifications_are_whole_sentences():
+    """As Prometheus fills them in: of a target with a job, and of a rule without."""
+    samples = Samples(100)
+    Target(samples, {"job": "api"}, {"up"}).take(0, None)
+    rules = Rules(monitoring_setup.groups(SCALE))
+    for at in (0.0, 2.5):
+        rules.evaluate(samples, at)
+    told = {alert.name: alert.annotations["summary"] for alert in rules.alerts()}
+    assert told["TargetDown"] == "api: gives no metrics"
+    assert told["Watchdog"] == "fires always; silence is the alarm"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ with $labels.job }}{{ . | toUpper }}{{ end }}",
+        "{{ $value | humanizeDuration }}",
+        '{{ query "up" | first }}',
+    ],
+)
+def test_a_template_that_would_be_told_raw_is_refused(text: str):
+    annotations = {"summary": f"a {{{{ $labels.job }}}} and {text}"}
+    with pytest.raises(QueryError, match=r"Expected a template .* alert High, found"):
+        Rules(group(rule("High", "up > 0", "page", annotations=annotations)))
+
+
 def test_a_ticket_is_withheld_while_its_page_fires_and_the_watchdog_goes_on():
     rules = group(
         rule("Burn", "x > 1", "ticket"),
@@ -385,11 +436,12 @@ def test_a_ticket_is_withheld_while_its_page_fires_and_the_watchdog_goes_on():
         Webhook() as webhook,
         Evaluator(rules, {"api": page.address}, [webhook], scale=300),
     ):
-        wait_until(lambda: webhook.notifications, 10, "the page")
+        wait_until(lambda: webhook.notifications, 20, "the page")
         page.text = "x 3\n"
-        wait_until(lambda: len(webhook.notifications) == 3, 10, "the ticket")
-        time.sleep(2)
-        assert webhook.silent_s < 2
+        wait_until(lambda: len(webhook.notifications) == 3, 20, "the ticket")
+        for _ in range(3):
+            heard = webhook._heard
+            wait_until(lambda heard=heard: webhook._heard > heard, 20, "a beat")
     told = {(one.status, one.severity) for one in webhook.notifications}
     assert told == {("firing", "page"), ("resolved", "page"), ("firing", "ticket")}
     assert webhook.notifications[0].severity == "page"
@@ -408,17 +460,20 @@ def test_a_step_of_the_clock_moves_no_window_and_is_seen(
         Page(f"host_clock_seconds {time.time() - 3600}\n") as page,
         Evaluator(causes, {"api": page.address}) as evaluator,
     ):
-        wait_until(lambda: "ClockStep" in str(evaluator.alerts()), 10, "the alert")
+        wait_until(lambda: "ClockSkew" in str(evaluator.alerts()), 20, "the alert")
 
 
 def test_the_past_can_be_asked_for_and_what_it_cannot_do_is_said():
     with Page("x 2\n") as page, Evaluator(TWICE, {"api": page.address}) as evaluator:
-        evaluator.await_scraped()
-        time.sleep(1.2)
-        end = evaluator.now()
-        (series,) = evaluator.query_range("x:twice", end - 1, end, 0.5)
+
+        def a_second() -> Any:
+            end = evaluator.now()
+            found = evaluator.query_range("x:twice", end - 1, end, 0.5)
+            return found and len(found[0]["values"]) == 3 and found[0]
+
+        series = wait_until(a_second, 20, "a second of the past")
         assert series["metric"]["job"] == "api"
-        assert [value for _, value in series["values"]][-1] == "4.0"
+        assert {value for _, value in series["values"]} == {"4.0"}
         with pytest.raises(QueryError, match="topk"):
             evaluator.query("topk(1, x)")
     for text in (

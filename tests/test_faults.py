@@ -40,11 +40,15 @@ def http() -> Iterator[httpx.Client]:
         yield client
 
 
-def count(edge: Edge, status: int) -> float:
-    """Requests that ended so; an exchange is counted just after its last byte."""
-    time.sleep(0.05)
+def counted(edge: Edge, status: int, requests: int) -> bool:
+    """Wait until so many ended so; an exchange is counted just after its last byte."""
     code = str(status)
-    return scrape(edge.url).total(REQUESTS, http_response_status_code=code)
+
+    def total() -> float:
+        return scrape(edge.url).total(REQUESTS, http_response_status_code=code)
+
+    what = f"{requests} requests to be counted as {code}"
+    return wait_until(lambda: total() == requests, 20, what, every_s=0.01)
 
 
 def test_an_answer_passes_as_it_is(edge: Edge, server: SimpleNamespace, http):
@@ -56,7 +60,7 @@ def test_an_answer_passes_as_it_is(edge: Edge, server: SimpleNamespace, http):
     refused = http.post(edge.url + COMPLETIONS, json={"nothing": 1})
     assert refused.status_code == 422
     assert http.get(edge.url + "/health/ready?x=1").json()["status"] == "ready"
-    assert count(edge, 200) == 2
+    assert counted(edge, 200, 2)
     assert edge.injected == 0
 
 
@@ -81,7 +85,7 @@ def test_a_client_that_leaves_is_gone_for_the_api_too(
     with http.stream("POST", edge.url + CHAT, json=long) as answer:
         next(answer.iter_raw())
     wait_until(lambda: scrape(server.url).total(cancelled) > before, 20, "a cancel")
-    wait_until(lambda: count(edge, 499) == 1, 10, "it to be counted as 499")
+    assert counted(edge, 499, 1)
     assert scrape(edge.url).total("http_server_active_requests") == 0
 
 
@@ -92,7 +96,8 @@ def test_a_share_of_errors_is_exact(edge: Edge, http, share: float):
     bad = [answer for answer in told if answer.status_code == 500]
     assert len(bad) == round(10 * share)
     assert all(answer.headers["x-fault-injected"] == "error" for answer in bad)
-    assert edge.injected == len(bad) == count(edge, 500)
+    assert edge.injected == len(bad)
+    assert counted(edge, 500, len(bad))
     edge.clear()
     assert http.post(edge.url + COMPLETIONS, json=SHORT).status_code == 200
 
@@ -121,14 +126,15 @@ def test_delay_and_hang(server: SimpleNamespace, http):
         began = time.monotonic()
         assert http.post(edge.url + COMPLETIONS, json=SHORT).status_code == 504
         assert time.monotonic() - began >= 1.0
-        assert count(edge, 504) == 1
+        assert counted(edge, 504, 1)
 
 
 def test_a_hang_ends_when_the_client_leaves(edge: Edge, http):
     edge.inject(hangs=1.0)
+    soon = httpx.Timeout(20, read=0.3)
     with pytest.raises(httpx.ReadTimeout):
-        http.post(edge.url + COMPLETIONS, json=SHORT, timeout=0.3)
-    wait_until(lambda: count(edge, 499) == 1, 5, "it to be counted")
+        http.post(edge.url + COMPLETIONS, json=SHORT, timeout=soon)
+    assert counted(edge, 499, 1)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +202,7 @@ BEGUN = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"
 
 
 @pytest.mark.parametrize(
-    ("answer", "close", "status", "counted"),
+    ("answer", "close", "status", "told"),
     [
         (b"", True, 502, 502),  # hung up before an answer
         (b"", False, 504, 504),  # silent
@@ -205,7 +211,7 @@ BEGUN = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"
     ],
 )
 def test_what_is_no_answer_is_counted_as_none(
-    http, answer: bytes, close: bool, status: int | None, counted: int
+    http, answer: bytes, close: bool, status: int | None, told: int
 ):
     with Raw(answer, close) as raw, Edge(raw.url, timeout_s=0.5) as edge:
         if status:
@@ -213,7 +219,7 @@ def test_what_is_no_answer_is_counted_as_none(
         else:
             with pytest.raises(httpx.RemoteProtocolError):
                 http.post(edge.url + CHAT, json={})
-        assert count(edge, counted) == 1
+        assert counted(edge, told, 1)
 
 
 def test_nobody_there_is_502(http):
@@ -249,4 +255,4 @@ def test_a_stopped_server_is_seen_from_the_edge_alone(http):
             assert ask().status_code == 504
         finally:
             os.kill(api.pid, signal.SIGCONT)
-        wait_until(lambda: ask().is_success, 20, "it to answer again")
+        wait_until(lambda: ask().is_success, 60, "it to answer again")

@@ -215,16 +215,16 @@ def test_a_full_local_model_overflows():
 
     def local(text):
         inside.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return text
 
     ask, log = router(local, str.upper)
     first = threading.Thread(target=ask, args=["a"])
     first.start()
-    assert inside.wait(10)
+    assert inside.wait(60)
     assert ask("b") == "B"
     go_on.set()
-    first.join(10)
+    first.join(60)
     assert [(d.where, d.why) for d in log] == [
         ("cloud", "local is late"),
         ("local", "soon enough"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 
 import fireworks
 import httpx
@@ -13,6 +12,7 @@ import pytest
 from fireworks import AsyncFireworks, Fireworks
 from jsonschema import Draft202012Validator
 
+from course import process
 from local_cloud.fireworks import prices, schema
 from local_cloud.fireworks.app import serve
 from local_cloud.fireworks.catalogue import SMOLLM2 as MODEL
@@ -303,7 +303,14 @@ def test_a_known_prompt_is_cached_for_its_own_session_only(client):
     assert same == header > 100
 
 
-def test_a_client_that_leaves_ends_its_generation(client, cloud, model):
+def test_a_client_that_leaves_ends_its_generation(client, cloud, model, monkeypatch):
+    ended, uses = cloud.state.ended, []
+
+    def note(route, use):
+        uses.append(use)
+        ended(route, use)
+
+    monkeypatch.setattr(cloud.state, "ended", note)
     # All 1,500 tokens if nobody stops it (it repeats itself): seconds on any machine.
     story = [{"role": "user", "content": "Tell me a long story about the sea."}]
     with pytest.raises(fireworks.APITimeoutError):
@@ -311,10 +318,11 @@ def test_a_client_that_leaves_ends_its_generation(client, cloud, model):
     stream = ask(client, messages=story, max_tokens=1500, stream=True)
     next(iter(stream))
     stream.close()
-    end = time.monotonic() + 5
-    while model.engine.snapshot().active and time.monotonic() < end:
-        time.sleep(0.01)
-    assert model.engine.snapshot().active == 0
+    process.wait_until(lambda: len(uses) == 2, 60, "the end of both generations")
+    assert [use.finish_reason for use in uses] == ["cancelled"] * 2
+    process.wait_until(
+        lambda: model.engine.snapshot().active == 0, 60, "an engine without work"
+    )
 
 
 # Faults.

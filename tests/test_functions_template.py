@@ -11,6 +11,7 @@ import pytest
 
 import serverless_deployment
 from deploy.functions import checks
+from local_cloud.containers import dockerfile
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +60,26 @@ def test_the_handlers_that_the_template_names_exist(template: dict):
         module, _, name = function["Handler"].rpartition(".")
         assert module == "serverless_deployment"
         assert callable(getattr(serverless_deployment, name))
+
+
+def test_what_is_measured_as_tuned_is_what_is_deployed(template: dict):
+    """On Lambda, as a zip and as an image, with the lesson's own variables."""
+    deployed = template["Globals"]["Function"]["Environment"]["Variables"]
+    assert serverless_deployment.ENVIRONMENT.items() <= deployed.items()
+    image = dockerfile.read(checks.TEMPLATE.with_name("Dockerfile"))
+    words = " ".join(env.rest for env in image.inside("lambda", "ENV")).split()
+    variables = dict(word.split("=", 1) for word in words if "=" in word)
+    assert serverless_deployment.ENVIRONMENT.items() <= variables.items()
+
+
+def test_a_new_account_can_do_without_a_reservation(template: dict):
+    for reserved, expected in ((0, {None}), (7, {7})):
+        chosen = checks.Template(template, {"Reserved": reserved})
+        found = {
+            function.get("ReservedConcurrentExecutions")
+            for _, function in chosen.all_of(checks.FUNCTION)
+        }
+        assert found == expected
 
 
 GONE = object()

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from urllib.error import URLError
 
+import httpx
 import pytest
 
 import monitoring_setup
@@ -46,8 +47,22 @@ def test_the_signals_agree_with_what_the_clients_saw(seen: light_load.Seen):
     written = now.total("gen_ai_server_tokens_total", **label)
     assert written == TOKENS * len(good)
     assert now.total("engine_generated_tokens_total") == written
-    assert 1 <= seen.highest("engine_active_rows") <= len(good)
+    assert seen.highest("engine_active_rows") <= len(good)
     assert now.total("process_cpu_seconds_total") > 0
+
+
+def test_a_row_is_active_while_an_answer_is_written():
+    body = api.question(stream=True, max_tokens=900, logit_bias={"0": -100, "2": -100})
+    with api.served(api.app()) as url:
+
+        def active() -> float:
+            return scrape(url).total("engine_active_rows")
+
+        with httpx.stream("POST", url + api.CHAT, json=body, timeout=60) as answer:
+            lines = answer.iter_lines()  # whoever lets go of it has left
+            next(lines)
+            assert active() == 1
+        api.until(lambda: active() == 0)
 
 
 def test_every_row_of_the_table_has_a_value(seen: light_load.Seen):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -20,6 +23,7 @@ boto3 = pytest.importorskip("boto3", reason="pip install -r requirements.txt")
 from botocore.config import Config  # noqa: E402
 from botocore.exceptions import ClientError  # noqa: E402
 
+DEADLINE_S = 60
 HANDLERS = """
 import os, time
 
@@ -34,8 +38,9 @@ def raises(event, context):
 def who(event, context):
     return context.client_context.custom
 
-def sleeps(event, context):
-    time.sleep(event)
+def waits(event, context):
+    while not os.path.exists(event):
+        time.sleep(0.01)
 
 def writes(event, context):
     open(event, "w").close()
@@ -50,7 +55,8 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     with Platform() as cloud, invoke_url.serve(cloud) as url:
         for name in ("echo", "raises", "who", "writes"):
             cloud.deploy(Function(name, f"handlers.{name}", Path(code)))
-        cloud.deploy(Function("narrow", "handlers.sleeps", Path(code), reserved=1))
+        settings = {"reserved": 1, "timeout_s": DEADLINE_S}
+        cloud.deploy(Function("narrow", "handlers.waits", Path(code), **settings))
         client = boto3.client(
             "lambda",
             endpoint_url=url,
@@ -116,7 +122,7 @@ def test_event_is_accepted_and_done(aws, tmp_path):
     )
     assert told["StatusCode"] == 202
     assert told["Payload"].read() == b""
-    process.wait_until(mark.exists, 10, "the event to be done")
+    process.wait_until(mark.exists, DEADLINE_S, "the event to be done")
 
 
 def test_dry_run_runs_nothing(aws):
@@ -133,6 +139,11 @@ def test_dry_run_runs_nothing(aws):
         ({"FunctionName": "echo:live"}, 404, "ResourceNotFoundException"),
         (
             {"FunctionName": "echo", "Payload": b"{"},
+            400,
+            "InvalidRequestContentException",
+        ),
+        (
+            {"FunctionName": "echo", "Payload": b"[" * 100_000},
             400,
             "InvalidRequestContentException",
         ),
@@ -165,13 +176,46 @@ def test_refusals_become_boto3s_exceptions(aws, request_, status, code):
     assert error.response["Error"]["Message"]
 
 
-def test_throttling_becomes_too_many_requests(aws):
+@pytest.mark.parametrize("length", ["many", "-1", "9" * 5000])
+def test_length_that_is_none_is_refused(aws, length):
+    host = urlsplit(aws.client.meta.endpoint_url).netloc
+    with closing(http.client.HTTPConnection(host, timeout=DEADLINE_S)) as api:
+        api.putrequest("POST", "/2015-03-31/functions/echo/invocations")
+        api.putheader("Content-Length", length)
+        api.endheaders()
+        answer = api.getresponse()
+        told = json.loads(answer.read())
+    assert answer.status == 400
+    assert "Expected Content-Length to be a number of bytes" in told["Message"]
+
+
+def test_what_the_platform_did_not_expect_is_answered_and_logged(
+    aws, monkeypatch, caplog
+):
+    def fail(*_, **__):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(aws.cloud, "invoke", fail)
+    error = refused(aws, FunctionName="echo")
+    assert isinstance(error, aws.client.exceptions.ServiceException)
+    assert "can't start new thread" in caplog.text
+
+
+def test_throttling_becomes_too_many_requests(aws, tmp_path):
+    file = tmp_path / "go"
     with ThreadPoolExecutor(1) as caller:
         under_way = caller.submit(
-            aws.client.invoke, FunctionName="narrow", Payload=b"2"
+            aws.client.invoke,
+            FunctionName="narrow",
+            Payload=json.dumps(str(file)).encode(),
         )
-        process.wait_until(lambda: aws.cloud.sandboxes("narrow"), 5, "a sandbox")
+
+        def at_work() -> bool:
+            return any(box.invocations for box in aws.cloud.sandboxes("narrow"))
+
+        process.wait_until(at_work, DEADLINE_S, "the first call")
         error = refused(aws, FunctionName="narrow", Payload=b"0")
+        file.touch()
         assert under_way.result()["Payload"].read() == b"null"
     assert isinstance(error, aws.client.exceptions.TooManyRequestsException)
     assert error.response["Reason"].startswith("ReservedFunctionConcurrent")

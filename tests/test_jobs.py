@@ -16,6 +16,7 @@ from local_cloud.scaling.jobs import (
     MAX_BYTES,
     STATES,
     BadJob,
+    JobsDown,
     JobsError,
     KeyTaken,
     LeaseLost,
@@ -97,6 +98,20 @@ def test_finished_jobs_are_forgotten_and_dead_ones_are_not(open_jobs: Open) -> N
     assert (counts["done"], counts["dead"], counts["waiting"]) == (0, 1, 1)
 
 
+def test_a_key_outlives_the_forgotten_job_that_had_it(open_jobs: Open) -> None:
+    jobs = open_jobs(keep_s=0.1)
+    for n in range(11):  # more than a submit cleans up at once
+        jobs.submit(n)
+        jobs.ack(jobs.lease("w", 30))
+    old = jobs.submit("same", key="k")
+    jobs.ack(jobs.lease("w", 30))
+    wait_until(lambda: jobs.get(old) is None, 30, "it to be forgotten", every_s=0.01)
+    new = jobs.submit("same", key="k")
+    jobs.submit("other")  # cleans up the rest, the old job with the key among it
+    assert new != old
+    assert jobs.submit("same", key="k") == new
+
+
 def test_an_unknown_id_is_nothing(jobs: Any) -> None:
     assert jobs.get("nothing") is None
     assert jobs.cancel("nothing") is False
@@ -133,9 +148,9 @@ def test_an_acknowledgement_may_be_sent_again(jobs: Any) -> None:
 
 def test_a_lease_can_be_extended(jobs: Any) -> None:
     jobs.submit(1)
-    job = jobs.lease("w", 0.2)
+    job = jobs.lease("w", 1.0)
     jobs.extend(job, 30)
-    time.sleep(0.25)
+    time.sleep(1.05)
     assert jobs.lease("other", 30) is None
     jobs.ack(job)
 
@@ -175,7 +190,7 @@ def test_a_workers_clock_moves_nothing(
     monkeypatch.setattr(time, "time", lambda: true() + jump_s)
     for same in (jobs, open_jobs()):  # also who opens it after the jump
         assert same.get(long.id).state == "leased"
-    assert next_job(open_jobs(), 0.5).id == short.id
+    assert next_job(open_jobs(), 30).id == short.id
     assert open_jobs().lease("w", 1) is None
     jobs.ack(long)
 
@@ -214,11 +229,15 @@ def test_a_deadline_expires_what_nobody_began(jobs: Any) -> None:
 
 
 def test_what_was_begun_in_time_may_be_finished_late(jobs: Any) -> None:
-    id = jobs.submit(1, deadline_s=0.05)
-    job = jobs.lease("w", 30)
-    time.sleep(0.1)
+    id, again = jobs.submit(1, deadline_s=1.0), jobs.submit(2, deadline_s=1.0)
+    job, other = jobs.lease("w", 30), jobs.lease("w", 30)
+    jobs.nack(other)  # began in time, too, but its next try would not
+    time.sleep(1.05)
     jobs.ack(job, "late but done")
     assert jobs.get(id).state == "done"
+    assert jobs.lease("w", 30) is None
+    status = jobs.get(again)
+    assert (status.state, status.tries) == ("expired", 1)
 
 
 def test_a_cancelled_job_is_not_done(jobs: Any) -> None:
@@ -300,19 +319,29 @@ def test_bad_input_is_refused(jobs: Any, call: Any, says: str) -> None:
 # ## Workers
 
 
-def test_the_lease_of_a_long_job_is_extended(jobs: Any) -> None:
+def test_the_lease_of_a_long_job_is_extended(
+    jobs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[Any] = []
+    beats, extend = threading.Semaphore(0), jobs.extend
     id = jobs.submit("long")
+
+    def counted(job: Any, lease_s: float) -> None:
+        extend(job, lease_s)
+        beats.release()
+
+    monkeypatch.setattr(jobs, "extend", counted)
 
     def slow(payload: Any) -> str:
         done.append(payload)
-        time.sleep(0.6)
+        for _ in range(4):  # three times a lease: longer than one
+            assert beats.acquire(timeout=30)
         return "at last"
 
     with ExitStack() as stack:
         for name in ("one", "two"):
-            in_background(stack, jobs, slow, worker=name, lease_s=0.2)
-        status = settled(jobs, id)
+            in_background(stack, jobs, slow, worker=name, lease_s=1.0)
+        status = settled(jobs, id, 60)
     assert (status.result, status.tries, done) == ("at last", 1, ["long"])
 
 
@@ -334,6 +363,23 @@ def test_a_job_that_hangs_goes_to_the_next_worker(jobs: Any) -> None:
         assert settled(jobs, id).result == "second"
         free.set()
     assert jobs.get(id).result == "second"
+
+
+def test_a_worker_says_once_that_the_queue_is_gone(
+    jobs: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop, asked = threading.Event(), iter(range(10))
+
+    def gone(worker: str, lease_s: float) -> None:
+        if next(asked) == 2:
+            stop.set()
+        raise JobsDown("no queue here")
+
+    monkeypatch.setattr(jobs, "lease", gone)
+    assert work(jobs, print, stop, worker="w") == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "w waits. no queue here"
+    ]
 
 
 def test_a_result_that_cannot_be_stored_is_a_failure(jobs: Any) -> None:

@@ -239,6 +239,19 @@ def test_redis_gone_is_503_and_back_is_202(own_redis: OwnRedis) -> None:
         assert finished(client, location)["result"] == 1
 
 
+@needs_redis
+def test_a_queue_that_is_not_set_up_right_is_500_and_logged(
+    own_redis: OwnRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RedisJobs(own_redis.url) as jobs, served(jobs) as client:
+        jobs._redis.config_set("requirepass", "secret")
+        jobs.close()  # what is open stays logged in
+        told = envelope(submit(client, 1), 500, "queue_broken")
+        own_redis.kill(password="secret")
+    assert "Redis" not in told
+    assert "Put the user and password" in caplog.text
+
+
 def work_one(jobs: Any) -> None:
     """Does one job, as a worker would."""
     stop = threading.Event()

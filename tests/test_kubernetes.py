@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
+import redis
 import yaml
 from fastapi.testclient import TestClient
 
 import model_api
 import models
-from local_cloud.scaling import deployment, haproxy, kubernetes, manifest_checks
-from local_cloud.scaling.deployment import API, DEPLOY
+from course import process
+from local_cloud.scaling import (
+    deployment,
+    haproxy,
+    kubernetes,
+    manifest_checks,
+    model_worker,
+    releases,
+    worker,
+)
+from local_cloud.scaling.deployment import API, DEPLOY, STREAMS, WORKER
 from local_cloud.scaling.manifest_checks import adapter_file, check, field_problems
+from local_cloud.scaling.redis_jobs import RedisJobs, redis_server
 from scaling_strategies import API_HPA, API_QUEUE, HPA, QueueLength, manifests
 from serving import settings
+from tests.job_fixtures import needs_redis
 
 FILES = manifests()
 MANIFESTS = DEPLOY / "kubernetes"
 DOCUMENTS = [document for documents in FILES.values() for document in documents]
-# What is applied together: KEDA takes the HPA's place.
-WITH_HPA = [*FILES["api.yaml"], *FILES["adapter.yaml"], *FILES["canary.yaml"]]
-WITH_KEDA = [
-    *(d for d in FILES["api.yaml"] if d["kind"] != "HorizontalPodAutoscaler"),
-    *FILES["keda.yaml"],
-]
 
 
 def named(document: Any) -> str:
@@ -53,9 +62,11 @@ def at(value: Any, path: tuple) -> Any:
     return value
 
 
-def test_the_files_are_the_generated_ones():
+def test_the_files_are_the_generated_ones(tmp_path):
     on_disk = {path.name: path.read_text() for path in MANIFESTS.glob("*.yaml")}
-    assert on_disk == {name: kubernetes.text(docs) for name, docs in FILES.items()}
+    again = kubernetes.write(tmp_path, FILES, deployment.NOTES)
+    assert on_disk == {path.name: path.read_text() for path in again}
+    assert set(deployment.NOTES) <= set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -64,9 +75,8 @@ def test_the_files_hold_what_was_generated(name):
     assert list(yaml.safe_load_all(text)) == FILES[name]
 
 
-@pytest.mark.parametrize("together", [WITH_HPA, WITH_KEDA], ids=["HPA", "KEDA"])
-def test_nothing_is_wrong(together):
-    assert check(together) == []
+def test_nothing_is_wrong():
+    assert check(DOCUMENTS) == []
 
 
 def test_kubernetes_validate_itself_agrees():
@@ -172,13 +182,13 @@ SLIPS = {
     ),
     "a route to nowhere": (
         "HTTPRoute",
-        ("spec", "rules", 0, "backendRefs", 1, "name"),
+        ("spec", "rules", 2, "backendRefs", 1, "name"),
         "other",
         "leads to other",
     ),
     "a type that is wrong": (
         "HTTPRoute",
-        ("spec", "rules", 0, "backendRefs", 1, "weight"),
+        ("spec", "rules", 2, "backendRefs", 1, "weight"),
         "10",
         "expected int",
     ),
@@ -199,7 +209,7 @@ SLIPS = {
 
 @pytest.mark.parametrize(("kind", "path", "value", "said"), SLIPS.values(), ids=SLIPS)
 def test_slips_between_documents_are_caught(kind, path, value, said):
-    documents = copy.deepcopy(WITH_HPA)
+    documents = copy.deepcopy(DOCUMENTS)
     document = next(d for d in documents if d["kind"] == kind)
     at(document, path[:-1])[path[-1]] = value
     problems = check(documents)
@@ -207,12 +217,13 @@ def test_slips_between_documents_are_caught(kind, path, value, said):
 
 
 def test_two_autoscalers_of_one_deployment_are_caught():
-    problems = check([*FILES["api.yaml"], *FILES["keda.yaml"]])
+    second = kubernetes.scaled_object(API, API_QUEUE, streams=STREAMS)
+    problems = check([*FILES["api.yaml"], *FILES["adapter.yaml"], second])
     assert any("two autoscalers" in problem for problem in problems)
 
 
 def test_replicas_that_fight_the_autoscaler_are_caught():
-    documents = copy.deepcopy(WITH_HPA)
+    documents = copy.deepcopy(DOCUMENTS)
     documents[0]["spec"]["replicas"] = 3
     assert any("sets its own replicas" in problem for problem in check(documents))
 
@@ -317,12 +328,144 @@ def test_a_resource_becomes_a_share_of_the_request():
 
 
 def test_the_scaled_object_is_the_policy():
-    spec = kubernetes.scaled_object(API, API_QUEUE, stream="jobs")["spec"]
+    spec = kubernetes.scaled_object(WORKER, API_QUEUE, streams=STREAMS)["spec"]
     assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (0, 8)
     assert (spec["pollingInterval"], spec["cooldownPeriod"]) == (30, 300)
-    assert spec["triggers"][0]["metadata"]["lagCount"] == "16"
-    other = kubernetes.scaled_object(API, QueueLength(2.5), stream="jobs")
-    assert other["spec"]["triggers"][0]["metadata"]["lagCount"] == "2.5"
+    waiting, begun = (trigger["metadata"] for trigger in spec["triggers"])
+    assert waiting["lagCount"] == begun["pendingEntriesCount"] == "16"
+    assert WORKER.environment["ROWS"] == "16"  # what a worker does at a time
+    more = kubernetes.scaled_object(WORKER, API_QUEUE, streams=["a", "b"])
+    assert len(more["spec"]["triggers"]) == 4
+
+
+@pytest.mark.parametrize("jobs", [2.5, 0.5])
+def test_a_threshold_that_keda_cannot_read_is_refused(jobs: float):
+    with pytest.raises(ValueError, match=f"expected a whole number .* {jobs}"):
+        kubernetes.scaled_object(WORKER, QueueLength(jobs), streams=STREAMS)
+
+
+def test_nothing_scales_what_answers_http_to_zero():
+    (scaled,) = (d for d in DOCUMENTS if d["kind"] == "ScaledObject")
+    target = scaled["spec"]["scaleTargetRef"]["name"]
+    (scaled,) = (
+        document
+        for document in DOCUMENTS
+        if document["kind"] == "Deployment" and document["metadata"]["name"] == target
+    )
+    (program,) = scaled["spec"]["template"]["spec"]["containers"]
+    assert program["command"][:3] == ["python", "-m", model_worker.__name__]
+    assert "ports" not in program
+    grace = scaled["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert grace > worker.LIMIT_S  # the jobs at hand are finished
+
+
+@needs_redis
+def test_a_job_at_work_keeps_its_worker_and_one_that_waits_wakes_one(tmp_path):
+    """What KEDA reads, read as it does (pkg/scalers/redis_streams_scaler.go)."""
+
+    def active() -> list[bool]:
+        found = []
+        for trigger in FILES["keda.yaml"][1]["spec"]["triggers"]:
+            told = trigger["metadata"]
+            stream, group = told["stream"], told["consumerGroup"]
+            if "lagCount" in told:
+                groups = {one["name"]: one for one in server.xinfo_groups(stream)}
+                count = groups[group]["lag"]
+            else:
+                count = server.xpending(stream, group)["pending"]
+            found.append(count > int(told.get("activationLagCount", 0)))
+        return found
+
+    with (
+        redis_server(tmp_path, fsync="no") as url,
+        RedisJobs(url) as jobs,
+        redis.Redis.from_url(url, decode_responses=True) as server,
+    ):
+        jobs.submit("work")
+        assert active() == [True, False]
+        job = jobs.lease("a", 30)
+        assert job
+        assert active() == [False, True]
+        jobs.nack(job, delay_s=0.001)  # to be tried again
+        assert active() == [False, True]
+        job = process.wait_until(lambda: jobs.lease("a", 30), 10, "the second try")
+        assert job
+        jobs.ack(job)
+        assert active() == [False, False]
+
+
+@needs_redis
+def test_the_worker_works_and_finishes_what_it_has_begun(tmp_path, shared_model):
+    """The manifest's own command, beside a Redis of ours."""
+    argv = [sys.executable, *WORKER.command[1:-1]]
+    talk = {"prompt": "Tell me all about the sea.", "max_tokens": 60}
+    with (
+        redis_server(tmp_path, fsync="no") as url,
+        RedisJobs(url) as jobs,
+        process.child([*argv, url], env={"ROWS": "2", "CONTEXT": "512"}) as running,
+    ):
+        poison = jobs.submit("no request", max_tries=1)
+        process.wait_until(lambda: jobs.dead(), 120, "the poison to be dead")
+        ids = [jobs.submit(talk), jobs.submit(talk)]
+        begun = partial(process.wait_until, lambda: jobs.counts()["leased"] == 2)
+        begun(30, "both to be at work at once", every_s=0.01)
+        running.process.terminate()
+        assert running.process.wait(60) == 0
+        left = jobs.submit(talk)
+        states = [jobs.get(id).state for id in [*ids, left]]  # type: ignore[union-attr]
+        result = jobs.get(ids[0]).result  # type: ignore[union-attr]
+        error = jobs.get(poison).error  # type: ignore[union-attr]
+    assert states == ["done", "done", "waiting"]
+    assert len(result["text"]) > 100
+    assert 'expected {"prompt": a text}' in str(error)
+
+
+def test_the_workers_image_has_all_that_it_imports():
+    root = MANIFESTS.parents[1]
+    dockerfile = (MANIFESTS / "worker.Dockerfile").read_text()
+    assert f"CMD {json.dumps(list(WORKER.command))}" in dockerfile
+    locks = [root / "requirements-serve.lock", MANIFESTS / "worker-requirements.txt"]
+    pins = [
+        set(re.findall(r"(?m)^[\w-]+==[^\s;]+", lock.read_text())) for lock in locks
+    ]
+    assert pins[1] <= set((root / "requirements.txt").read_text().splitlines())
+    image = {pin.partition("==")[0] for pin in pins[0] | pins[1]}
+    absent = {
+        name
+        for name, found in importlib.metadata.packages_distributions().items()
+        if image.isdisjoint(one.lower().replace("_", "-") for one in found)
+    }
+    absent |= {path.name.removesuffix(".py") for path in root.iterdir()}
+    absent -= {"local_cloud", "course", "models", "serving", "model_api"}
+    code = f"""
+import sys
+for name in {absent}:
+    sys.modules.setdefault(name)  # None: it cannot be imported
+import local_cloud.scaling.model_worker, local_cloud.scaling.redis_jobs
+import models.model, serving.settings
+"""
+    argv = [sys.executable, "-c", code]
+    told = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
+    assert "httpx" in absent
+    assert told.returncode == 0, told.stderr
+
+
+def test_the_canary_is_for_whoever_asks_for_it_and_else_by_lot():
+    (route,) = (d for d in DOCUMENTS if d["kind"] == "HTTPRoute")
+    *named_ones, by_lot = route["spec"]["rules"]
+    leads = {
+        rule["matches"][0]["headers"][0]["value"]: rule["backendRefs"]
+        for rule in named_ones
+    }
+    tracks = {releases.version_for(str(user), 0.5, "x") for user in range(50)}
+    assert tracks == set(leads) == {"stable", "canary"}
+    names = {
+        one["metadata"]["name"]: one for one in DOCUMENTS if one["kind"] == "Service"
+    }
+    for track, backends in leads.items():
+        (found,) = backends
+        assert names[found["name"]]["spec"]["selector"]["track"] == track
+    assert [one["weight"] for one in by_lot["backendRefs"]] == [90, 10]
 
 
 @pytest.mark.parametrize("percent", [-1, 101])
@@ -338,7 +481,7 @@ def test_haproxy_takes_the_file_that_is_deployed(tmp_path):
     path = DEPLOY / "haproxy" / "haproxy.cfg"
     text = path.read_text()
     assert text == deployment.balancer(API_HPA.maximum)
-    assert f"replica {API_HPA.maximum} {API.name}:{API.port} check" in text
+    assert f"server-template replica {API_HPA.maximum} " in text
     assert f"maxconn {API.environment['ROWS']} " in text
     try:
         binary = haproxy.find()
@@ -354,8 +497,25 @@ def test_haproxy_takes_the_file_that_is_deployed(tmp_path):
     assert subprocess.run(argv, capture_output=True, timeout=30, check=False).returncode
 
 
+def test_haproxy_looks_up_the_pods_of_a_service_that_is_deployed():
+    text = (DEPLOY / "haproxy" / "haproxy.cfg").read_text()
+    found = re.search(r"server-template \S+ \d+ ([\w-]+)\.(\S+):(\d+) ", text)
+    assert found
+    name, domain, port = found.groups()
+    assert domain == "default.svc.cluster.local"  # it knows no search list
+    (service,) = (
+        document
+        for document in FILES["api.yaml"]
+        if document["kind"] == "Service" and document["metadata"]["name"] == name
+    )
+    assert service["spec"]["clusterIP"] == "None"  # the name is the pods' addresses
+    assert service["spec"]["ports"][0]["port"] == int(port)
+    (server,) = FILES["api.yaml"][0]["spec"]["template"]["spec"]["containers"]
+    assert server["ports"][0]["containerPort"] == int(port)
+
+
 def test_writing_twice_is_the_same(tmp_path):
-    first = kubernetes.write(tmp_path / "new", FILES)
+    first = kubernetes.write(tmp_path / "new", FILES, {})
     texts = [path.read_text() for path in first]
-    assert kubernetes.write(tmp_path / "new", FILES) == first
+    assert kubernetes.write(tmp_path / "new", FILES, {}) == first
     assert [path.read_text() for path in first] == texts

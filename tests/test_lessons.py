@@ -155,3 +155,45 @@ def test_the_lesson_runs_as_a_newcomer_would_run_it(name: str, tmp_path: Path):
     pictures = list(tmp_path.glob(f"{name}-*.png"))
     assert pictures
     assert all(picture.stat().st_size > 10_000 for picture in pictures)
+    if name == "monitoring_setup":
+        the_drill_went_well(told[2])
+
+
+def the_drill_went_well(section: dict[str, Any]) -> None:
+    """Each fault found, told and over; the blip silent. Not when: machines are busy."""
+    (drill,) = [e for e in section["events"] if "As promised" in e.get("note", "")]
+    names = [column["name"] for column in drill["columns"]]
+    rows = {row[0]: dict(zip(names, row, strict=True)) for row in drill["rows"]}
+    blip = rows.pop("errors, 1 in a row")
+    assert (blip["alert"], blip["webhook"], blip["as promised"]) == ("none", "-", True)
+    assert len(rows) == 2
+    for row in rows.values():
+        assert row["alert"] == "AvailabilityBurn"
+        assert "-" not in (row["measured"], row["webhook"], row["mail"])
+        assert row["resolved"] != "-"
+    said = [e["text"] for e in section["events"] if e["kind"] == "say"]
+    assert "The page of the errors: errors: promised: 0.99 of requests" in said[-1]
+    assert "{{" not in said[-1]
+
+
+def test_the_alerts_come_without_prometheus_too(tmp_path: Path):
+    """What is missing is named with the command; the evaluator does the rest."""
+    figures, empty = tmp_path / "figures.json", tmp_path / "empty"
+    empty.mkdir()
+    argv = [sys.executable, "-W", "error", "monitoring_setup.py", "3", "--quick"]
+    done = subprocess.run(
+        [*argv, "--json", str(figures)],
+        cwd=ROOT,
+        env={**os.environ, "REPORTS_DIR": str(tmp_path), "PATH": str(empty)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "SKIPPED" in done.stdout
+    assert "by Evaluator" in done.stdout
+    (section,) = json.loads(figures.read_text())["sections"]
+    (skipped,) = [e for e in section["events"] if e["kind"] == "skipped"]
+    assert skipped["command"] == stack.INSTALL
+    assert section["outcome"] == "done"
+    the_drill_went_well(section)

@@ -13,8 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -83,9 +86,10 @@ def told(receiver: Webhook | Mailbox, alert: str, status: str) -> bool:
 
 def listening(pid: int) -> set[str]:
     """The addresses on which a process listens, read from the kernel's tables."""
-    links = (os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir())
-    inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
-    found = set()
+    inodes, found = set(), set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            inodes.add(os.readlink(fd).removeprefix("socket:[").removesuffix("]"))
     for table in ("tcp", "tcp6", "udp", "udp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
@@ -104,19 +108,19 @@ def test_a_silent_target_is_told_to_both_receivers_and_so_is_its_return(
         Stack(GROUPS, {"api": target.address}, [webhook, mailbox]) as running,
     ):
         running.await_scraped()
-        target.skew_s = 30.0  # a clock step, as the other side sees it
+        target.skew_s = 30.0  # a clock that was set, as the other side sees it
         for receiver in (webhook, mailbox):
-            wait_until(lambda r=receiver: told(r, "ClockStep", "firing"), 20, "it")
+            wait_until(lambda r=receiver: told(r, "ClockSkew", "firing"), 20, "it")
         target.skew_s = 0.0
         for receiver in (webhook, mailbox):
-            wait_until(lambda r=receiver: told(r, "ClockStep", "resolved"), 30, "it")
+            wait_until(lambda r=receiver: told(r, "ClockSkew", "resolved"), 30, "it")
         target.stop()
         for receiver in (webhook, mailbox):
             wait_until(lambda r=receiver: told(r, "TargetDown", "firing"), 20, "it")
         first = next(n for n in webhook.notifications if n.alert == "TargetDown")
         assert (first.severity, first.job) == ("page", "api")
         assert first.summary == "api: gives no metrics"
-        assert mailbox.mails[0]["Subject"] == "[firing] ClockStep"
+        assert mailbox.mails[0]["Subject"] == "[firing] ClockSkew"
         assert webhook.silent_s < 10
         assert {a["labels"]["alertname"] for a in running.alerts()} == {"TargetDown"}
 
@@ -141,6 +145,20 @@ def test_a_killed_prometheus_is_missed_by_the_receiver_and_named_by_the_stack(
         with pytest.raises(StackError, match=r"Prometheus to run.*exit code -9"):
             wait_until(lambda: running.query("up") and False, 5, "an error")
         wait_until(lambda: webhook.silent_s > 4, 40, "silence")
+
+
+def test_the_watchdog_beats_every_minute():
+    """Not every second one; at scale 60 a minute is a second."""
+    with Webhook() as webhook, Stack(GROUPS, {}, [webhook]):
+        beats: list[float] = []
+
+        def steady() -> bool:
+            if webhook._heard not in beats:
+                beats.append(webhook._heard)
+            gaps = [b - a for a, b in pairwise(beats[-4:])]
+            return len(gaps) == 3 and median(gaps) < 1.5
+
+        wait_until(steady, 40, "three gaps of a second")
 
 
 def test_a_dead_receiver_is_alarmed_by_the_one_that_lives():
@@ -218,8 +236,10 @@ def test_a_port_that_is_taken_meanwhile_is_named(monkeypatch: pytest.MonkeyPatch
             Stack(GROUPS, {}).__enter__()
 
 
-def test_what_is_deployed_is_what_its_readers_accept(tmp_path: Path):
-    for name, text in deployed.files(lesson.groups(), lesson.rule_tests()).items():
+@pytest.mark.parametrize("drift", [False, True])
+def test_what_is_deployed_is_what_its_readers_accept(tmp_path: Path, drift: bool):
+    made = deployed.files(lesson.groups(), lesson.rule_tests(), drift=drift)
+    for name, text in made.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
@@ -229,7 +249,8 @@ def test_what_is_deployed_is_what_its_readers_accept(tmp_path: Path):
     stack.check("amtool", "check-config", str(tmp_path / "alertmanager.yml"))
     words = stack.check("promtool", "check", "rules", str(rules))
     count = sum(len(group["rules"]) for group in lesson.groups())
-    assert f"{count} rules found" in words
+    assert f"{count if drift else count - 2} rules found" in words
+    assert ("Drift" in "".join(made.values())) == drift
 
 
 def test_without_prometheus_the_command_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -19,7 +19,7 @@ from tests.clock import Clock
 from tests.storm import storm
 
 ROOT = Path(__file__).parent.parent
-DEADLINE_S = 30
+DEADLINE_S = 60
 
 
 @pytest.fixture
@@ -151,8 +151,8 @@ def test_a_long_poll_hears_another_process(tmp_path: Path):
 def test_a_long_poll_takes_no_processor_time(tmp_path: Path):
     with Queue(tmp_path / "q") as queue:
         before = time.thread_time()
-        assert queue.receive(wait_s=2) == []
-        assert time.thread_time() - before < 0.5  # a busy loop takes 2
+        assert queue.receive(wait_s=0.5) == []
+        assert time.thread_time() - before < 0.1  # a busy loop takes 0.5
 
 
 def test_of_many_threads_each_message_has_one(tmp_path: Path):
@@ -318,8 +318,10 @@ def test_a_disk_filled_by_others_keeps_what_was_acknowledged(disk: Path):
 
 
 def test_storms_of_kills_lose_nothing_and_do_nothing_twice(tmp_path: Path):
-    outcome = storm(tmp_path, count=8000, kill_every_s=0.04, deadline_s=60)
-    everything = {f"p{p}-{n}" for p in range(2) for n in range(8000)}
+    count = 3000
+    rough = {"kill_every_s": 0.02, "most_kills": 30}
+    outcome = storm(tmp_path, count=count, deadline_s=300, **rough)
+    everything = {f"p{p}-{n}" for p in range(2) for n in range(count)}
     assert outcome.acknowledged == everything
     assert outcome.lost == set()
     assert outcome.total == len(outcome.done)  # each side effect once

@@ -29,6 +29,7 @@ def of_ray() -> list[str]:
     return found
 
 
+@pytest.mark.ray
 @needs_ray
 def test_a_node_is_killed_and_every_request_is_answered():
     before, folders = of_ray(), set(Path("/tmp").glob("ray*"))
@@ -47,6 +48,7 @@ def test_without_ray_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
         ray_serve.kill_a_node()
 
 
+@pytest.mark.ray
 @needs_ray
 def test_a_trial_that_takes_too_long_leaves_nothing(monkeypatch: pytest.MonkeyPatch):
     before, folders = of_ray(), set(Path("/tmp").glob("ray*"))

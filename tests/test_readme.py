@@ -53,7 +53,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """`python` is the one of the tests; the model is the one that is built."""
+    """`python` is the one of the tests, as activating makes it that of `.venv`; the
+    model is the one that is built."""
     bin = tmp_path_factory.mktemp("bin")
     for name in ("python", "python3"):
         (bin / name).symlink_to(sys.executable)
@@ -103,6 +104,12 @@ def test_the_two_lines_install_what_is_there():
         "-m pytest",
     ]
     assert all(match and (ROOT / match["file"]).is_file() for match in found)
+
+
+def test_the_environment_is_activated_before_the_first_python():
+    first = re.search(r"^python ", README, re.MULTILINE)
+    assert first
+    assert ". .venv/bin/activate" in README[: first.start()]
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="apt-get install curl")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from local_cloud.scaling.haproxy import HAProxy
 from local_cloud.scaling.loop import ControlLoop, scraped
 from local_cloud.scaling.policies import Load
 from local_cloud.scaling.proxy import Proxy
-from local_cloud.scaling.replicas import Command, Event, ReplicaSet
+from local_cloud.scaling.replicas import FIRST_PAUSE_S, Command, Event, ReplicaSet
 from tests.conftest import ROOT
 
 METRIC = "standin_in_flight"
@@ -65,14 +66,41 @@ def open_loop(
         async with load.client(url) as http, asyncio.TaskGroup() as group:
 
             async def send(_: int) -> Outcome:
-                return await load.post(http, PATH, body, deadline_s=20)
+                return await load.post(http, PATH, body, deadline_s=60)
 
             for one in acts:
                 group.create_task(act(*one))
             due = load.poisson_arrivals(rate, seconds, seed=2)
-            return await load.run_open_loop(send, due, deadline_s=60)
+            return await load.run_open_loop(send, due, deadline_s=120)
 
     return asyncio.run(work())
+
+
+def under_load(url: str, act: Callable[[], object], least: int) -> list[Outcome]:
+    """Eight callers, until `act` is over and `least` requests were answered."""
+
+    async def work() -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        async with load.client(url) as http, asyncio.TaskGroup() as group:
+            acting = group.create_task(asyncio.to_thread(act))
+
+            async def call() -> None:
+                while not acting.done() or len(outcomes) < least:
+                    body = {"service_ms": 20}
+                    outcomes.append(await load.post(http, PATH, body, deadline_s=60))
+
+            for _ in range(8):
+                group.create_task(call())
+        return outcomes
+
+    return asyncio.run(work())
+
+
+async def one_by_one(url: str, count: int) -> list[Outcome]:
+    """Requests that are never two at once."""
+    async with load.client(url) as http:
+        body = {"service_ms": 20}
+        return [await load.post(http, PATH, body, deadline_s=20) for _ in range(count)]
 
 
 def errors(outcomes: Sequence[Outcome]) -> list[str]:
@@ -94,24 +122,26 @@ def gone(pid: int | None) -> bool:
 
 def test_a_thousand_requests_survive_growing_shrinking_and_kills() -> None:
     with fleet() as (balancer, replicas):
+
+        def kill(victim: str, times: int) -> None:
+            replicas.kill(victim)
+            crashed = partial(happened, replicas, "crashed")
+            wait_until(lambda: len(crashed()) == times, 20, "the kill to be seen")
+
+        def act() -> None:
+            replicas.scale(4)
+            kill(replicas.wait(4)[0].id, 1)
+            replicas.wait(4)
+            replicas.scale(2)
+            kill(replicas.wait(2)[-1].id, 2)
+            replicas.wait(2)
+
         replicas.wait(2)
-        outcomes = open_loop(
-            balancer.url,
-            200,
-            5.5,
-            (0.3, lambda: replicas.scale(4)),
-            (1.8, lambda: replicas.kill(replicas.ready()[0].id)),
-            (3.0, lambda: replicas.scale(2)),
-            (4.2, lambda: replicas.kill(replicas.ready()[-1].id)),
-            service_ms=20,
-        )
-        replicas.wait(2)
-        traffic = balancer.stats()
+        outcomes = under_load(balancer.url, act, 1000)
+        assert len(balancer.stats().members) == 2
     assert len(outcomes) >= 1000
     assert errors(outcomes) == []
-    assert len(happened(replicas, "crashed")) == 2
     assert len(happened(replicas, "left")) >= 2
-    assert len(traffic.members) == 2
 
 
 def test_scaling_is_bounded_and_leaves_no_process() -> None:
@@ -136,12 +166,12 @@ def test_one_can_be_drained_by_name() -> None:
 
 
 def test_a_replica_that_hangs_is_replaced() -> None:
-    with fleet(hang_s=0.5) as (balancer, replicas):
+    with fleet(hang_s=2) as (balancer, replicas):
         hung = replicas.wait(2)[0]
-        stop = (0.3, lambda: replicas.kill(hung.id, signal.SIGSTOP))
-        outcomes = open_loop(balancer.url, 60, 2, stop, service_ms=10)
+        stop = (0.2, lambda: replicas.kill(hung.id, signal.SIGSTOP))
+        outcomes = open_loop(balancer.url, 60, 1, stop, service_ms=10)
+        wait_until(lambda: gone(hung.pid), 30, "the hung one to be ended")
         replicas.wait(2)
-        assert gone(hung.pid)
     assert errors(outcomes) == []
     assert [event.replica for event in happened(replicas, "hung")] == [hung.id]
 
@@ -153,14 +183,20 @@ def test_a_replica_that_comes_up_broken_is_tried_again_and_never_asked() -> None
         ports.append(port)
         return standin.command(port, *(["--broken"] if len(ports) == 2 else []))
 
-    with fleet(command, ready_s=0.8) as (balancer, replicas):
-        wait_until(lambda: len(replicas.ready()) == 1, 10, "the good one")
-        outcomes = open_loop(balancer.url, 50, 1.5, service_ms=2)
+    with fleet(command, ready_s=5) as (balancer, replicas):
+
+        def broken() -> list[str]:
+            url = f"http://127.0.0.1:{ports[1]}" if ports[1:] else None
+            return [one.id for one in replicas.members if one.url == url]
+
+        wait_until(lambda: len(replicas.ready()) == 1, 20, "the good one")
+        (name,) = wait_until(broken, 20, "the broken one")
+        outcomes = open_loop(balancer.url, 50, 1.0, service_ms=2)
         replicas.wait(2)
     assert errors(outcomes) == []
-    failed = happened(replicas, "failed")
-    assert len(failed) == 1
-    assert "within 0.8 s" in failed[0].detail
+    (failed,) = happened(replicas, "failed")
+    assert failed.replica == name
+    assert "within 5 s" in failed.detail
 
 
 def test_a_replica_that_cannot_start_is_explained_and_tried_ever_more_slowly() -> None:
@@ -168,16 +204,18 @@ def test_a_replica_that_cannot_start_is_explained_and_tried_ever_more_slowly() -
         return [sys.executable, "-c", "raise SystemExit('no model here')"]
 
     with ReplicaSet(broken, least=1) as replicas:
-        wait_until(lambda: len(happened(replicas, "failed")) == 3, 10, "three tries")
+        wait_until(lambda: len(happened(replicas, "failed")) == 3, 30, "three tries")
         with pytest.raises(TimeoutError, match="no model here"):
             replicas.wait(1, deadline_s=0.1)
     began = [event.time_s for event in happened(replicas, "started")]
-    assert began[2] - began[1] > began[1] - began[0]
+    ended = [event.time_s for event in happened(replicas, "failed")]
+    assert began[1] - ended[0] >= FIRST_PAUSE_S
+    assert began[2] - ended[1] >= 2 * FIRST_PAUSE_S
 
 
 def test_a_program_that_does_not_exist_is_explained() -> None:
     with ReplicaSet(lambda port: ["/no/such/program"]) as replicas:
-        wait_until(lambda: happened(replicas, "failed"), 5, "an event")
+        wait_until(lambda: happened(replicas, "failed"), 20, "an event")
     assert "No such file" in happened(replicas, "failed")[0].detail
 
 
@@ -185,9 +223,8 @@ def test_a_slow_starter_gets_no_request_before_it_is_ready() -> None:
     seen: list[Event] = []
     command = serving("--start-s", "0.6")
     with fleet(command, least=1, on_change=seen.append) as (balancer, replicas):
-        wait_until(lambda: replicas.members, 5, "one that starts")
-        assert replicas.ready() == []
-        assert replicas.members[0].state == "starting"
+        first = wait_until(lambda: replicas.members, 20, "one that starts")
+        assert [one.state for one in first] == ["starting"]
         replicas.wait(1)
         assert errors(open_loop(balancer.url, 20, 0.5, service_ms=1)) == []
     times = {event.what: event.time_s for event in seen}
@@ -197,9 +234,9 @@ def test_a_slow_starter_gets_no_request_before_it_is_ready() -> None:
 def test_leaving_while_starting_is_no_failure() -> None:
     with fleet(serving("--start-s", "60"), least=0) as (_, replicas):
         replicas.scale(2)
-        wait_until(lambda: len(replicas.members) == 2, 5, "two that start")
+        wait_until(lambda: len(replicas.members) == 2, 20, "two that start")
         replicas.scale(0)
-        replicas.wait(0, deadline_s=10)
+        replicas.wait(0)
     assert happened(replicas, "failed") == []
 
 
@@ -230,7 +267,7 @@ def test_ctrl_c_leaves_nothing() -> None:
         pids = [int(word) for word in run.stdout.readline().split()]
         assert len(pids) == 4
         run.send_signal(signal.SIGINT)
-        run.wait(15)
+        run.wait(30)
     assert all(gone(pid) for pid in pids)
 
 
@@ -283,7 +320,7 @@ def test_the_loop_follows_the_load_and_no_request_fails() -> None:
     ):
         replicas.wait(1)
         outcomes = open_loop(balancer.url, 120, 2.5, service_ms=100)
-        wait_until(lambda: replicas.size == 1, 10, "the set to shrink")
+        wait_until(lambda: replicas.size == 1, 30, "the set to shrink")
         replicas.wait(1)
     assert errors(outcomes) == []
     assert max(tick.size for tick in loop.history) >= 2
@@ -311,7 +348,7 @@ def test_the_loop_reads_the_replicas_own_metrics() -> None:
         open_loop(balancer.url, 60, 0.8, service_ms=200)
         stopped = replicas.ready()[0]
         replicas.kill(stopped.id, signal.SIGSTOP)
-        wait_until(lambda: loop.history[-1].load.missing == 1, 10, "one to be missing")
+        wait_until(lambda: loop.history[-1].load.missing == 1, 30, "one to be missing")
         replicas.kill(stopped.id, signal.SIGCONT)
     assert max(tick.load.metric or 0 for tick in loop.history) > 1
     assert scraped("no_such_metric")(stopped) is None
@@ -324,7 +361,7 @@ def test_the_loop_ignores_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> Non
         fleet(least=1) as (balancer, replicas),
         ControlLoop(PerReplica(1), replicas, balancer, every_s=0.1) as loop,
     ):
-        wait_until(lambda: len(loop.history) >= 5, 10, "five ticks")
+        wait_until(lambda: len(loop.history) >= 5, 30, "five ticks")
     times = [tick.time_s for tick in loop.history]
     assert times == sorted(times)
     assert times[-1] < 60
@@ -339,7 +376,7 @@ def test_a_policy_that_fails_stops_scaling_not_serving() -> None:
     with fleet(least=1) as (balancer, replicas):
         replicas.wait(1)
         loop = ControlLoop(Wrong(1), replicas, balancer, every_s=0.1).__enter__()
-        wait_until(lambda: loop.failure, 5, "the failure")
+        wait_until(lambda: loop.failure, 20, "the failure")
         assert errors(open_loop(balancer.url, 20, 0.5, service_ms=1)) == []
         with pytest.raises(ValueError, match=r"Expected replicas from .* found -3"):
             loop.__exit__(None)
@@ -366,10 +403,15 @@ def test_a_dead_region_costs_no_request_and_the_distance_shows() -> None:
     ):
         before = open_loop(balancer.url, 40, 0.5, service_ms=5)
         assert balancer.stats().member("far").taken == 0  # type: ignore[union-attr]
-        after = open_loop(balancer.url, 40, 1.5, (0.3, near.fail), service_ms=5)
-    assert errors(before) == errors(after) == []
-    late = [outcome.total_s for outcome in after if outcome.due_s > 1]
-    assert min(late) >= 0.2
+        after = open_loop(balancer.url, 40, 0.6, (0.2, near.fail), service_ms=5)
+
+        def down() -> bool:
+            return balancer.stats().member("near").state == "down"  # type: ignore[union-attr]
+
+        wait_until(down, 20, "the near region to be out")
+        late = open_loop(balancer.url, 40, 0.3, service_ms=5)
+    assert errors(before) == errors(after) == errors(late) == []
+    assert min(outcome.total_s for outcome in late) >= 0.2
 
 
 def test_what_a_region_cannot_take_bursts_to_the_next() -> None:
@@ -378,12 +420,12 @@ def test_what_a_region_cannot_take_bursts_to_the_next() -> None:
         regions.region("cloud", FAST, replicas=1) as cloud,
         regions.front([own, cloud], spill_at=2) as balancer,
     ):
-        calm = open_loop(balancer.url, 6, 0.5, service_ms=20)
+        calm = asyncio.run(one_by_one(balancer.url, 3))
         taken = balancer.stats().member("cloud").taken  # type: ignore[union-attr]
         peak = open_loop(balancer.url, 60, 1, service_ms=100)
         members = {one.name: one.taken for one in balancer.stats().members}
     assert errors(calm) == errors(peak) == []
-    assert taken <= 1
+    assert taken == 0
     assert members["cloud"] > len(peak) / 3
     assert members["own"] > len(calm)
 

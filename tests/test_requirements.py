@@ -7,13 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
-from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from exercises.catalogue import GRADERS, ROOT
 from exercises.doctor import _wanted as named_in
+from tests.benchmarks.lessons import LESSONS
+from tests.test_readme import blocks
 
 
 def brought_by(file: str) -> set[str]:
@@ -34,22 +35,37 @@ def brought_by(file: str) -> set[str]:
     return found
 
 
-def imported(file: Path) -> Iterator[str]:
+def imported(source: str) -> Iterator[str]:
     """The first words of all its imports."""
-    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and not node.level:
             yield (node.module or "").partition(".")[0]
 
 
-def test_graders_need_only_what_a_learner_installs():
+def run_by_a_learner() -> Iterator[tuple[str, str]]:
+    """Lessons, exercises, graders and the README's snippets: a name, and Python."""
+    folders = (ROOT / "course", ROOT / "exercises", GRADERS)
+    below = (path for folder in folders for path in folder.rglob("*.py"))
+    for path in (*(ROOT / f"{name}.py" for name in LESSONS), *below):
+        if path.name != "locustfile.py":  # says itself what it needs beyond
+            yield str(path.relative_to(ROOT)), path.read_text("utf-8")
+    for snippet in blocks("python"):
+        yield "README.md", snippet
+
+
+def test_what_a_learner_runs_needs_only_what_a_learner_installs():
     ours = {path.stem for path in ROOT.iterdir()}
-    graders = [*GRADERS.glob("*.py"), *GRADERS.glob("solutions/*.py")]
-    modules = {name for file in graders for name in imported(file)}
-    foreign = modules - ours - set(sys.stdlib_module_names)
-    assert {"pytest", "jsonschema"} <= foreign  # this looks at something
+    needed = {
+        (name, file) for file, source in run_by_a_learner() for name in imported(source)
+    }
+    foreign = {x for x in needed if x[0] not in ours | set(sys.stdlib_module_names)}
+    assert {"pytest", "jsonschema", "numpy", "openai"} <= {name for name, _ in foreign}
     known, brought = packages_distributions(), brought_by("requirements.txt")
-    for name in foreign:
-        packages = {canonicalize_name(package) for package in known[name]}
-        assert packages & brought, f"{name} is not brought by requirements.txt"
+    lacking = [
+        f"{name} in {file}"
+        for name, file in sorted(foreign)
+        if not {canonicalize_name(package) for package in known[name]} & brought
+    ]
+    assert lacking == [], "not brought by requirements.txt"

@@ -50,7 +50,7 @@ def test_the_tests_hold_for_other_promises(objective: float):
     total = Selector("rpcs", {"method": "Ask"})
     bad = Selector("rpcs", {"method": "Ask", "code": "~Un.*"})
     slo = SLO("other", objective, "calls", total, bad=bad)
-    tests = burn_tests(slo, lesson.WINDOWS, lesson.alert_name(slo))
+    tests = burn_tests(slo, lesson.WINDOWS, lesson.LEAST)
     (outcome,) = run([(lesson.rules(slo), tests)])
     assert outcome.passed, outcome.words
 

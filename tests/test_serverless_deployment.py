@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +15,9 @@ import pytest
 
 import serverless_deployment as lesson
 from course.lesson import Run
+from deploy.functions import checks
+from models import build, lean
+from models.errors import BuildError
 
 pytest.importorskip(
     "awslambdaric", reason="Linux only: pip install awslambdaric==4.2.2"
@@ -21,6 +28,7 @@ from local_cloud.functions.bucket import Bucket
 from local_cloud.functions.queue import Queue
 from local_cloud.functions.storage import Storage
 
+ROOT = Path(__file__).parent.parent
 TIDES = trials.DOCUMENTS["tides.txt"]
 
 
@@ -55,11 +63,13 @@ def failed(answer: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with one bucket, which the function is told of."""
     (tmp_path / "documents").mkdir()
     monkeypatch.setenv("DATA", str(tmp_path))
-    return tmp_path
+    yield tmp_path
+    lesson.storage().close()
+    lesson.open_storage.cache_clear()
 
 
 def test_a_batch_names_only_the_message_that_failed(data: Path):
@@ -112,15 +122,99 @@ def test_workers_die_and_each_document_is_summarised_once(tmp_path: Path):
     assert counts["documents with a summary"] == documents
     assert counts["summaries written twice"] == 0
     assert counts["dead letters (the blank document)"] == 1
-    assert counts["workers killed by kill -9 while at work"] == 2
+    # Each had begun a document, and left it so.
+    assert counts["workers killed by kill -9 within a document"] == 2
+    assert counts["messages that failed and came again"] >= 2 + lesson.MAX_RECEIVES
     with Queue(tmp_path / "dead") as dead:
         (letter,) = dead.receive()
         assert "blank.txt" in letter.body
 
 
+def test_the_pipeline_obeys_the_rules_of_its_template():
+    # What a dead worker had begun is free when its messages come again.
+    assert lesson.TIMEOUT_S < lesson.VISIBILITY_S
+    assert lesson.MAX_RECEIVES >= checks.LEAST_RECEIVES
+
+
+def test_the_storage_is_opened_once_and_must_be_named(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert lesson.storage() is lesson.storage()
+    with monkeypatch.context() as patch:
+        patch.delenv("DATA")
+        with pytest.raises(LookupError, match=r"IDEMPOTENCY_TABLE .* or DATA .*; set"):
+            lesson.storage()
+
+
+def test_a_snapshot_of_the_pipeline_has_its_libraries_and_storage(tmp_path: Path):
+    """A clone that imported them would do so in its caller's time."""
+    code = (
+        "import sys, serverless_deployment as lesson\n"
+        "lesson.initialise()\n"
+        "lesson.before_snapshot()\n"
+        "print({'aws_lambda_powertools.utilities.batch',"
+        " 'aws_lambda_powertools.utilities.idempotency',"
+        " 'local_cloud.functions.storage'} - set(sys.modules),"
+        " lesson.open_storage.cache_info().currsize)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "DATA": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["set()", "1"]
+
+
+def test_only_the_third_of_three_calls_is_thawed(monkeypatch: pytest.MonkeyPatch):
+    with Platform() as cloud:
+        cloud.deploy(trials.EMPTY)
+        calls_before: list[int] = []
+        wait = trials.freeze
+
+        def freeze(cloud: Platform, name: str) -> None:
+            (box,) = cloud.sandboxes(name)
+            calls_before.append(box.invocations)
+            wait(cloud, name)
+
+        monkeypatch.setattr(trials, "freeze", freeze)
+        told = trials.three_calls(cloud, trials.EMPTY.name, {})
+    assert calls_before == [2]
+    assert [one.cold for one in told.values()] == [True, False, False]
+
+
+def test_boto3_gets_the_answer_from_this_platform():
+    with Platform() as cloud:
+        cloud.deploy(trials.EMPTY)
+        assert trials.by_boto3(cloud, trials.EMPTY.name, {}) is None
+
+
+def test_a_folder_that_cannot_be_written_is_read_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """As on Lambda, where the model lies in a read-only zip."""
+    there = build.ensure("int4")
+    for path in (there.graph, there.graph.with_suffix(".json"), there.tokenizer):
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.setenv("MODEL_DIR", str(tmp_path))
+    read: list[str] = []
+    digest = build.digest
+
+    def refuse(folder: Path) -> None:
+        raise BuildError(f"{folder}: read-only")
+
+    monkeypatch.setattr(build, "digest", lambda p: read.append(p.name) or digest(p))
+    monkeypatch.setattr(build, "workshop", refuse)
+    assert lean.load().revision == there.revision
+    assert read.count(there.graph.name) == 1
+
+
 def test_the_same_code_on_s3_and_dynamodb(monkeypatch: pytest.MonkeyPatch):
     """boto3 for real, against moto's S3 and DynamoDB."""
-    moto = pytest.importorskip("moto", reason="pip install moto==5.2.5")
+    moto = pytest.importorskip("moto", reason="pip install moto[sqs]==5.2.5")
     boto3 = pytest.importorskip("boto3")
     for name, value in {
         "AWS_ACCESS_KEY_ID": "testing",
@@ -146,6 +240,7 @@ def test_the_same_code_on_s3_and_dynamodb(monkeypatch: pytest.MonkeyPatch):
         found = s3.get_object(Bucket="texts", Key="summaries/tides.txt")
         assert found["Body"].read().strip()
         assert boto3.client("dynamodb").scan(TableName="done")["Count"] == 1
+    lesson.open_storage.cache_clear()
 
 
 def test_a_put_reaches_the_handler_as_the_bucket_tells_it(data: Path):

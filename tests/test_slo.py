@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
+import time
 from itertools import chain
 from pathlib import Path
 
@@ -19,9 +22,11 @@ from local_cloud.monitoring.objectives import (
     promql_time,
     within,
 )
+from local_cloud.monitoring.rule_groups import MEMORY_BYTES
 from serving.metrics import FIRST_TOKEN_S, Metrics
 
-DEPLOY = Path(__file__).parent.parent / "deploy" / "prometheus"
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy" / "prometheus"
 ALL, BAD = Selector("requests"), Selector("requests", {"code": "~5.."})
 
 
@@ -31,7 +36,7 @@ def slo(objective: float = 0.99, **changes: object) -> SLO:
 
 
 @pytest.mark.parametrize("objective", [0.9306, 0.99, 0.9999])
-def test_an_objective_above_the_lowest_can_page(objective: float):
+def test_an_objective_above_the_lowest_pages_within_the_hour(objective: float):
     assert lesson.detection_s(slo(objective), 1.0) < 3600
 
 
@@ -39,7 +44,7 @@ def test_an_objective_above_the_lowest_can_page(objective: float):
     ("objective", "found"),
     [(0.93055, "93.05"), (0.5, "50.00"), (1.0, "100.00"), (1.01, "101"), (0, "0.00")],
 )
-def test_an_objective_that_cannot_page_or_be_kept_is_refused(objective, found):
+def test_an_objective_that_pages_late_or_cannot_be_kept_is_refused(objective, found):
     with pytest.raises(SLOError, match=rf"93\.06.*found {found}.*: promise"):
         slo(objective)
 
@@ -166,3 +171,65 @@ def test_deploy_is_what_the_lesson_generates():
         for path in DEPLOY.rglob("*.yml")
     }
     assert there == wanted, "run: python monitoring_setup.py --deploy"
+
+
+def test_what_compose_runs_for_monitoring_has_all_its_files(tmp_path: Path):
+    """Each mount and secret is there, and each file that a command or another names."""
+    yaml = pytest.importorskip("yaml", reason="pip install -r requirements-tests.txt")
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
+    services = {
+        name: service
+        for name, service in compose["services"].items()
+        if service.get("profiles") == ["monitoring"]
+    }
+    assert services.keys() == {"prometheus", "alertmanager", "receiver", "grafana"}
+    for name, service in services.items():
+        mounts = dict(mount.split(":")[1::-1] for mount in service["volumes"])
+        for source in mounts.values():
+            there = (ROOT / source).is_dir() if "/" in source else False
+            assert there or source in compose["volumes"], (name, source)
+        for word in service.get("command", []):
+            if word.startswith("--config.file="):
+                file = Path(word.partition("=")[2])
+                assert (ROOT / mounts[str(file.parent)] / file.name).is_file(), word
+        assert set(service.get("secrets", [])) <= compose["secrets"].keys()
+    config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text("utf-8"))
+    (key,) = [j["authorization"] for j in config["scrape_configs"] if len(j) > 2]
+    (secret,) = services["prometheus"]["secrets"]
+    assert key["credentials_file"] == f"/run/secrets/{secret}"
+    hosts = {a["static_configs"][0]["targets"][0] for a in config["scrape_configs"]}
+    assert {host.split(":")[0] for host in hosts} <= {*compose["services"], "localhost"}
+    assert compose["services"]["api"]["mem_limit"] == f"{MEMORY_BYTES >> 20}m"
+
+
+def test_the_receiver_of_compose_runs_on_what_is_mounted(tmp_path: Path):
+    """A bare Python and this one folder, and it listens where Alertmanager calls."""
+    (tmp_path / "local_cloud").symlink_to(ROOT / "local_cloud")
+    bare = [sys.executable, "-I", "-S", "-c"]
+    program = (
+        f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); "
+        "sys.argv = ['receivers', '--help']; "
+        "runpy.run_module('local_cloud.monitoring.receivers', run_name='__main__')"
+    )
+    done = subprocess.run([*bare, program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "http://receiver:9099/" in (DEPLOY / "alertmanager.yml").read_text("utf-8")
+
+
+def test_the_api_shows_a_clock_that_is_set(monkeypatch: pytest.MonkeyPatch):
+    def offset(metrics: Metrics) -> float:
+        lines = metrics.render()[0].decode().splitlines()
+        (line,) = [one for one in lines if one.startswith("host_clock_offset_seconds ")]
+        return float(line.split()[1])
+
+    metrics, real = Metrics("smollm2", lambda: None), time.time
+    assert abs(offset(metrics)) < 1
+    monkeypatch.setattr(time, "time", lambda: real() - 3600)
+    assert offset(metrics) == pytest.approx(-3600, abs=60)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "301", "1e6", "nan", "x"])
+def test_a_scale_that_makes_no_window_is_refused(text: str, capsys):
+    with pytest.raises(SystemExit):
+        lesson.main(["--watch", "http://127.0.0.1:9", "--scale", text])
+    assert "--scale" in capsys.readouterr().err

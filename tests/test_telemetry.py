@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import math
 import random
 import shutil
 import subprocess
@@ -29,9 +30,11 @@ from prometheus_client.openmetrics import parser as openmetrics
 
 from course import process
 from local_cloud.monitoring import logs
+from local_cloud.monitoring.scrape import Scrape, parse, scrape
 from local_cloud.monitoring.traces import SQLiteSpans, Tracing, phases, waterfall
 from model_api import create_app
 from monitoring_setup import KEPT, JsonLines, worth_keeping
+from serving.errors import failed_answer
 from serving.settings import Settings
 from tests.api_fixtures import (
     ADMIN_KEY,
@@ -49,6 +52,8 @@ from tests.api_fixtures import (
 ROOT = Path(__file__).parent.parent
 EVERYTHING = partial(worth_keeping, share=1.0)
 OPENMETRICS = {"accept": "application/openmetrics-text; version=1.0.0"}
+HTTP_COUNT = "http_server_request_duration_seconds_count"
+FIRST_TOKEN = "gen_ai_server_time_to_first_token_seconds"
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
 
@@ -241,10 +246,14 @@ def test_refusals_and_failures_have_a_status_and_callers_mistakes_have_none():
     assert crash["trace_id"] == told[1]["trace_id"]
 
 
-def test_a_stream_that_breaks_after_its_200_is_an_error():
-    with watched(keep=worth_keeping, request_timeout_s=0.4) as seen:
-        body = question(max_tokens=900, stream=True, logit_bias={"0": -100, "2": -100})
+ENDLESS = {"max_tokens": 900, "logit_bias": {"0": -100, "2": -100}}
+
+
+def test_a_stream_that_breaks_after_its_200_is_an_error_and_counts_as_one():
+    with watched(keep=worth_keeping, request_timeout_s=2.0) as seen:
+        body = question(stream=True, **ENDLESS)
         answer = ask(seen.app, "POST", CHAT, json=body, headers=PARENT)
+        counted = parse(ask(seen.app, "GET", "/metrics").text)
         seen.tracing.flush()
         spans = {span.name: span for span in seen.store.trace(TRACE)}
     assert answer.status_code == 200
@@ -252,6 +261,86 @@ def test_a_stream_that_breaks_after_its_200_is_an_error():
     for name in (f"POST {CHAT}", f"chat {NAME}", "decode"):
         assert spans[name].error == "generation_deadline"
     assert spans["queue"].error is spans["prefill"].error is None
+    told = spans[f"POST {CHAT}"].attributes["http.response.status_code"]
+    assert told == 200  # what was sent; what is promised is counted by how it ended
+    assert requests(counted, "504") == 1
+    assert requests(counted, "200") == 0
+    assert counted.total(f"{FIRST_TOKEN}_count") == 1
+
+
+def requests(counted: Scrape, status: str) -> float:
+    return counted.total(HTTP_COUNT, http_route=CHAT, http_response_status_code=status)
+
+
+def test_a_stream_that_crashes_after_its_200_counts_as_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("serving.generate._usage", lambda *_: 1 // 0)  # at its end
+    with watched() as seen:
+        with pytest.raises(ZeroDivisionError):
+            ask(seen.app, "POST", CHAT, json=question(stream=True))
+        counted = parse(ask(seen.app, "GET", "/metrics").text)
+    assert (requests(counted, "500"), requests(counted, "200")) == (1, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_waits_in_vain_for_a_first_token_is_counted(stream: bool):
+    """Or an overload would improve the share of quick answers."""
+    with watched(request_timeout_s=0.0) as seen:
+        answer = ask(seen.app, "POST", CHAT, json=question(n=2, stream=stream))
+        counted = parse(ask(seen.app, "GET", "/metrics").text)
+    assert answer.status_code == 504
+    assert requests(counted, "504") == 1
+    assert counted.total(f"{FIRST_TOKEN}_count") == 2
+    assert counted.total(f"{FIRST_TOKEN}_bucket", le="10.0") == 0
+    assert math.isfinite(counted.total(f"{FIRST_TOKEN}_sum"))  # a mean recovers
+
+
+def test_a_whole_answer_that_fails_gave_nobody_a_first_token():
+    with watched(request_timeout_s=1.0) as seen:
+        assert ask(seen.app, "POST", CHAT, json=question(**ENDLESS)).status_code == 504
+        counted = parse(ask(seen.app, "GET", "/metrics").text)
+    assert counted.total(f"{FIRST_TOKEN}_count") == 1
+    assert counted.total(f"{FIRST_TOKEN}_bucket", le="2.5") == 0
+
+
+def test_a_first_token_is_counted_when_it_leaves_and_once():
+    with watched() as seen, served(seen.app) as url:
+        body = question(stream=True, **ENDLESS)
+
+        def count() -> float:
+            return scrape(url).total(f"{FIRST_TOKEN}_count")
+
+        with httpx.stream("POST", url + CHAT, json=body) as answer:
+            lines = answer.iter_lines()  # whoever lets go of it has left
+            next(lines)
+            until(lambda: count() == 1)
+            assert CHAT not in seen.written.getvalue()  # the answer goes on
+        until(lambda: "client_left" in seen.written.getvalue())
+        assert count() == 1
+
+
+def test_who_leaves_before_the_first_token_is_counted():
+    rows, body = 8, question(stream=True, **ENDLESS)
+
+    def full(url: str) -> bool:
+        told = scrape(url)
+        begun = told.total(f"{FIRST_TOKEN}_count")
+        return (begun, told.total("engine_queued_requests")) == (rows, 1)
+
+    async def work(url: str) -> None:
+        async with httpx.AsyncClient(timeout=60) as http, asyncio.TaskGroup() as group:
+            ask = [http.post(url + CHAT, json=body) for _ in range(rows + 1)]
+            asked = [group.create_task(one) for one in ask]
+            await asyncio.to_thread(until, lambda: full(url))
+            for task in asked:
+                task.cancel()
+
+    with watched(ttft_target_ms=600_000) as seen, served(seen.app) as url:
+        run(lambda: work(url))
+        until(lambda: scrape(url).total(f"{FIRST_TOKEN}_count") == rows + 1)
+        counted = scrape(url)
+    assert counted.total(f"{FIRST_TOKEN}_bucket", le="10.0") == rows
 
 
 def test_a_client_that_leaves_is_an_error_and_its_answer_was_cut():
@@ -600,17 +689,26 @@ def test_callers_cannot_make_up_time_series():
             for number in range(20):
                 await http.post(CHAT, json=question(model=f"model-{number}"))
 
-    app = create_app(Settings(), model=model())
+    app, name = create_app(Settings(), model=model()), HTTP_COUNT
+    before = parse(ask(app, "GET", "/metrics").text)
     run(lambda: work(app))
-    exposed = ask(app, "GET", "/metrics").text
-    assert 'http_request_method="_OTHER"' in exposed
-    counted = [
-        line
-        for line in exposed.splitlines()
-        if line.startswith("http_server_") and "_count{" in line
-    ]
-    assert len(counted) < 30, counted
-    assert sum(float(line.split()[-1]) for line in counted) == 10_020
+    after = parse(ask(app, "GET", "/metrics").text)
+    assert after.total(name, http_request_method="_OTHER") > 0
+    new = set(after.series(name)) - set(before.series(name))
+    assert len(new) < 10, new
+    assert after.total(name) - before.total(name) == 10_021  # one is a scrape
+
+
+def test_a_burst_of_any_failure_is_seen_from_its_first():
+    """What appears with its first increment hides that from rate()."""
+    app = create_app(Settings(), model=model())
+    made = parse(ask(app, "GET", "/metrics").text)
+    routes = [route.path for route in app.routes if "POST" in route.methods]  # type: ignore[attr-defined]
+    failures = [failed_answer(why).status for why in ("deadline", "cancelled", "error")]
+    for route in (path for path in routes if path.startswith("/v1/")):
+        for status in {200, 422, 429, 499, 503, *failures}:
+            labels = {"http_route": route, "http_response_status_code": str(status)}
+            assert made.series(HTTP_COUNT, http_request_method="POST", **labels)
 
 
 @pytest.mark.parametrize(

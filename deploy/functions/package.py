@@ -32,8 +32,6 @@ PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 28, 27, 17)]
 IN_RUNTIME = "awslambdaric* simplejson* snapshot_restore_py* runtime_client*"
 CODE = (
     "models",
-    "course",
-    "local_cloud",
     "deploy/functions/aws.py",
     "deploy/functions/instance.py",
     "serverless_deployment.py",

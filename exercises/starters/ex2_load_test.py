@@ -100,8 +100,8 @@ async def find_bottleneck(
     Checked, on servers with different faults:
     - the route is named, also where another one is slower at any rate, but steadily so;
     - and also where the route that breaks answers fast: by refusing;
-    - `sustained_per_s` is a rate that the route still bore, and from 0.3 to 1.5 times
-      what it can do at most (measured in the same run).
+    - `sustained_per_s` is a rate that the route still bore: on two of these servers,
+      from 0.3 to 1.5 times what its pool of connections can do at most.
     """
     # TODO(2b): compare each route with itself, at a low and at a high rate.
     raise NotImplementedError

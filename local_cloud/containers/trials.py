@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import os
 import secrets
@@ -58,7 +57,9 @@ def ask(
     return told
 
 
-async def _chat(http: Any, url: str, key: str, tokens: int, words: int) -> Outcome:
+async def _chat(
+    http: Any, url: str, key: str, tokens: int, words: int, **how: Any
+) -> Outcome:
     # A beginning that no cache has seen.
     text = f"{secrets.token_hex(4)} " + "and so on " * (words // 3)
     body = {
@@ -69,7 +70,7 @@ async def _chat(http: Any, url: str, key: str, tokens: int, words: int) -> Outco
     }
     headers = {"authorization": f"Bearer {key}"}
     # "Remote" is the address that the engine of this machine gave a container of ours.
-    return await stream_chat(http, url + CHAT, body, headers, allow_remote=True)
+    return await stream_chat(http, url + CHAT, body, headers, allow_remote=True, **how)
 
 
 def tokens_per_s(url: str, key: str, tokens: int = 24) -> float:
@@ -97,6 +98,34 @@ def fill(url: str, key: str, rows: int, context: int) -> None:
     ask(url, key, callers=rows, tokens=answer, words=words)
     for _ in range(-(-models.SHELF // rows)):
         ask(url, key, callers=rows, tokens=8, words=context - 8 - TEMPLATE)
+
+
+def endure(
+    docker: Engine,
+    image: str,
+    key: str,
+    options: dict[str, Any],
+    *,
+    callers: int = 32,
+    words: int = 1000,
+) -> list[Any]:
+    """Starts the API; if it serves, lets many callers come with long prompts.
+
+    Gives its exit code (None: it lives), the seconds until then, and what happened.
+    """
+    with docker.container(image, **options) as box:
+        when, answered, code = "while it started", False, None
+        with suppress(RuntimeError):  # it ended, or cut them off
+            box.wait_ready(READY, START_S)
+            when = f"when {callers} long prompts came"
+            ask(box.url, key, callers=callers, tokens=8, words=words)
+            answered = True
+        if not answered:
+            with suppress(ContainerError):  # it refused them, and lives
+                code = box.wait_exit(START_S)
+        took, killed = time.perf_counter() - box.started, box.state["OOMKilled"]
+    by = "killed by the kernel" if killed else "ended"
+    return [code, took, f"{by if code is not None else 'not killed'} {when}"]
 
 
 # -- a process, as the kernel sees it
@@ -227,7 +256,7 @@ def borrow_root(docker: Engine, image: str, *precautions: str) -> str:
     command = ["python", "-c", BORROW]
     options = {"user": "0:0", "security_opt": list(precautions)}
     with docker.container(image, command=command, **options) as box:
-        box.wait_exit(20)
+        box.wait_exit(START_S)
         return box.logs()
 
 
@@ -244,40 +273,51 @@ class Drained:
     exit_code: int
     seconds: float  # from asking to the end of the container
 
+    @property
+    def how(self) -> str:
+        return "whole" if self.whole else "cut"
+
 
 def drain(
     box: Container, key: str, stop: Callable[[], None], tokens: int = 160
 ) -> Drained:
     """Asks for an answer, stops the server in the middle of it, reads on."""
 
-    async def both() -> tuple[Outcome, float, float]:
-        async with client() as http:
-            start = time.perf_counter()
-            answer = asyncio.create_task(_chat(http, box.url, key, tokens, 30))
-            await asyncio.sleep(0.3)
-            asked = time.perf_counter()
-            await asyncio.to_thread(stop)
-            ended = time.perf_counter()
-            return await answer, asked - start, ended - asked
+    pieces = 0
 
-    outcome, asked_s, took_s = asyncio.run(both())
-    times = itertools.accumulate(outcome.gaps_s, initial=outcome.first_token_s or 0.0)
-    pieces = list(times)
-    before = sum(moment <= asked_s for moment in pieces)
+    async def both() -> tuple[Outcome, int, float]:
+        begun = asyncio.Event()
+
+        def count(so_far: int) -> None:
+            nonlocal pieces
+            pieces = so_far
+            if so_far == 3:
+                begun.set()
+
+        async with client() as http:
+            answer = asyncio.create_task(
+                _chat(http, box.url, key, tokens, 30, on_piece=count)
+            )
+            answer.add_done_callback(lambda _: begun.set())  # none came: no wait
+            await begun.wait()
+            before, asked = pieces, time.perf_counter()
+            await asyncio.to_thread(stop)
+            took_s = time.perf_counter() - asked
+            return await answer, before, took_s
+
+    outcome, before, took_s = asyncio.run(both())
     whole = outcome.ok and outcome.tokens == tokens
     code = box.state["ExitCode"]
-    return Drained(before, len(pieces) - before, whole, code, took_s)
+    return Drained(before, pieces - before, whole, code, took_s)
 
 
-def crash(box: Container, deadline_s: float = 30.0) -> tuple[float, int]:
+def crash(box: Container, deadline_s: float = START_S) -> tuple[float, int]:
     """Kills the server from inside; seconds until it serves again, and restarts.
 
     Not `docker kill`: the engine takes that for your wish, and restarts nothing. Nor a
     signal to process 1 by itself, which the kernel shields from its own container: so
     init is process 1 there (`init: true`), and the server, its child, can be killed.
     """
-    import docker.errors
-
     before = box.made.attrs["RestartCount"]
     start = time.perf_counter()
     code, said = box.run("python", "-c", KILL_SERVER)
@@ -290,12 +330,11 @@ def crash(box: Container, deadline_s: float = 30.0) -> tuple[float, int]:
         deadline_s,
         f"{box.made.name} to be restarted",
     )
-    with suppress(docker.errors.APIError):
-        process.wait_until(
-            lambda: process.answers(box.url + READY),
-            deadline_s,
-            f"{box.made.name} to be ready again",
-        )
+    process.wait_until(
+        lambda: process.answers(box.url + READY),
+        deadline_s,
+        f"{box.made.name} to be ready again",
+    )
     return time.perf_counter() - start, box.made.attrs["RestartCount"] - before
 
 
@@ -355,7 +394,7 @@ def wrong_start(
 ) -> tuple[int, float, str]:
     """Exit code, seconds until then, and what the container says."""
     with docker.container(image, environment=env) as box:
-        code = box.wait_exit(20)
+        code = box.wait_exit(START_S)
         seconds = time.perf_counter() - box.started
         return code, seconds, " ".join(box.logs().split())[:110]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from course import draw
 from course.show import Table
-from local_cloud.fireworks.prices import FP8_SAVES, Tokens
+from local_cloud.fireworks.prices import FP8_SAVES, UP_TO_4B, PerToken, Tokens
 from local_cloud.fireworks.traffic import Hour
 
 if TYPE_CHECKING:
@@ -49,6 +50,20 @@ def table(
     )
     columns = ["way", *((name, "dollars/day") for name in told)]
     return Table("The bill of a day", columns, rows, note)
+
+
+def break_even_picture(
+    prices: Mapping[str, PerToken], a_call: Tokens, usd_per_hour: float, busiest: float
+) -> Callable[[Axes], None]:
+    """What draws it: a call at each of these prices, and the small model's by batch."""
+    calls_usd = {name: a_call.dollars(price) for name, price in prices.items()}
+    calls_usd["up to 4B, by batch"] = a_call.dollars(UP_TO_4B, known=False, batch=True)
+    return partial(
+        draw_break_even,
+        calls_usd=calls_usd,
+        usd_per_hour=usd_per_hour,
+        busiest=busiest,
+    )
 
 
 def draw_break_even(

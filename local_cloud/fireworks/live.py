@@ -106,18 +106,19 @@ def confirm(ask: Callable[[str], str], dollars: float) -> None:
 
 
 def run(
-    work: Callable[[Fireworks, float], None],
-    *,
+    work: Callable[[Fireworks, float, Callable[[str], Any]], None],
     what: str,
     usd_per_hour: float,
-    cap: Cap,
-    ask: Callable[[str], str],
-    say: Callable[[str], Any],
+    *,
+    cap: Cap | None = None,
+    ask: Callable[[str], str] = input,
+    say: Callable[[str], Any] = print,
 ) -> int:
-    """Do `work(client, seconds)` on the real service; gives the exit code.
+    """Do `work(client, seconds, say)` on the real service; gives the exit code.
 
     2 means that something may be left running: what to type has been said.
     """
+    cap = cap or Cap()
     lasts_s = cap.lasts_s(usd_per_hour)
     try:
         with client() as real:
@@ -128,7 +129,7 @@ def run(
             )
             confirm(ask, cap.dollars)
             with capped(lasts_s):
-                work(real, lasts_s)
+                work(real, lasts_s, say)
     except LeftRunning as left:
         say(str(left))
         return 2
@@ -136,10 +137,15 @@ def run(
         say(str(why))
         return 1
     except (CapReached, TimeoutError, CallFailed, fireworks.APIError) as problem:
-        say(f"{type(problem).__name__}: {problem} The deployment was deleted.")
+        say(f"{type(problem).__name__}: {problem} Nothing is left.")
         return 1
     say("The deployment was deleted.")
     return 0
+
+
+def refused(problem: fireworks.APIStatusError) -> bool:
+    """Whether nothing was made: after a 5xx or a timeout (408) it may have been."""
+    return problem.status_code < 500 and problem.status_code != 408
 
 
 def wait_until_ready(

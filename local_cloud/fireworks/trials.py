@@ -28,6 +28,7 @@ from local_cloud.fireworks.hybrid import (
     Router,
     Sides,
 )
+from local_cloud.functions.costs import FARGATE_X86, HOUR_S, container_cost
 from models import Sampling
 from models.errors import ModelError
 
@@ -182,10 +183,21 @@ def tickets(number: int) -> list[str]:
     return [f"Order A-{1000 + i} is late, where is it?" for i in range(number)]
 
 
-def service_times(ask: Callable[[str], Any], slots: int, *, rounds: int) -> list[float]:
-    """Seconds of local answers while all slots are busy."""
+# The day that is replayed. The local model is measured; what is emulated says so.
+SLOTS = 8  # answers the local model makes at once
+LOCAL_HOUR = container_cost(HOUR_S, vcpus=2, memory_gb=4, price=FARGATE_X86)
+CLOUD_S = 0.8  # a whole answer of the cloud: emulated, your log has yours
+LOCAL_DOWN = (10 * HOUR_S, 10.25 * HOUR_S)  # a quarter of an hour for an update
+CLOUD_DOWN = (15 * HOUR_S, 15.5 * HOUR_S)  # half an hour of somebody else's trouble
+
+
+def sides(ask: Callable[[str], Any], call_usd: float, *, rounds: int) -> Sides:
+    """Both sides on that day; `ask`, the local one, is timed with all slots busy."""
     ask(tickets(1)[0])  # warms up
-    return [s for _ in range(rounds) for s in at_once(ask, tickets(slots))]
+    service_s = [s for _ in range(rounds) for s in at_once(ask, tickets(SLOTS))]
+    return Sides(
+        SLOTS, service_s, LOCAL_HOUR, CLOUD_S, call_usd, LOCAL_DOWN, CLOUD_DOWN
+    )
 
 
 def at_once(ask: Callable[[str], Any], texts: Sequence[str]) -> list[float]:

@@ -6,8 +6,9 @@ twice; throttling is waited out, as often as it takes, until the event is too ol
 could not be done goes to the function's `on_failure`, as a record in Lambda's shape.
 
 Events wait in memory here. Lambda keeps them on disk; who needs that on this machine
-takes a `Queue`. When the platform closes, what still waits goes to `on_failure` under
-the condition "PlatformClosed", which is ours and not Lambda's.
+takes a `Queue`. Two conditions are ours and not Lambda's: "PlatformClosed", of what
+still waits when the platform closes, and "PlatformFailed", where the platform itself
+went wrong.
 """
 
 from __future__ import annotations
@@ -111,6 +112,10 @@ class Events:
             return
         except PlatformClosed:
             self._put(event, 0.0)
+            return
+        except Exception:  # ours: nobody looks into this thread's future
+            log.exception("%s of %s failed", event.request_id, function.name)
+            give_up(event, "PlatformFailed")
             return
         event.attempts += 1
         event.last = result

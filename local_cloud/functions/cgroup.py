@@ -1,13 +1,12 @@
 """What a sandbox may use: memory and CPU, enforced by the kernel where it lets us.
 
-Three ways, and `kind` says which one is at work:
+Two ways, and `kind` says which one is at work:
 
 - "cgroup v2" and "cgroup v1": the kernel kills what needs more memory and lets nobody
   run who has used up the share of this period. Needs root, or a delegated group.
 - "SIGSTOP and RSS watch": without them a thread looks at the process every 5 ms,
   stops it while it is ahead of its share and kills it when it is too large. It sees
   the function's own process, not what that starts, and up to 5 ms late.
-- "none": no /proc, as on macOS. Nothing is enforced; memory is what `ps` says.
 
 RLIMIT_AS and RLIMIT_DATA would need neither root nor a thread, but limit addresses,
 not memory: numpy and onnxruntime reserve far more than they ever touch.
@@ -20,7 +19,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,9 +31,9 @@ MB = 2**20
 
 
 class Limits:
-    """The limits of one sandbox. This class enforces none; the others say how."""
+    """The limits of one sandbox; the subclasses enforce them."""
 
-    kind = "none"
+    kind = ""
 
     def __init__(self, memory_mb: int):
         self.memory_mb = memory_mb
@@ -69,6 +68,7 @@ class Limits:
         The init phase comes before. Lambda does not say so, but gives it more than the
         share: lucvandonkersgoed.com/2022/04/09/when-is-the-lambda-init-phase-free.
         """
+        raise NotImplementedError
 
     def freeze(self) -> None:
         _signal(self.pid, signal.SIGSTOP)
@@ -78,9 +78,7 @@ class Limits:
 
     def peak_bytes(self) -> int:
         """The most memory it ever held, by the kernel's own count."""
-        argv = ["ps", "-o", "rss=", "-p", str(self.pid)]
-        told = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
-        return int(told) * 1024 if told.strip() else 0
+        raise NotImplementedError
 
     def killed_for_memory(self) -> bool:
         return self.oom
@@ -90,7 +88,7 @@ class Limits:
 
 
 def _signal(group: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError, PermissionError):  # gone, or a zombie on macOS
+    with suppress(ProcessLookupError):
         os.killpg(group, number)
 
 
@@ -273,28 +271,26 @@ class Parent:
 
     def __init__(self, name: str):
         self.folders: list[Path] = []
-        self._make: Callable[..., Limits] = Limits
-        if Path("/proc/self/statm").exists():
-            self._make = Watched
+        self._group: type[Group] | None = None
         for make, bases in ((GroupV2, _bases_v2()), (GroupV1, _bases_v1())):
             if bases and self._enter(make, [base / name for base in bases]):
                 break
 
     @property
     def kind(self) -> str:
-        return getattr(self._make, "kind", "none")
+        return (self._group or Watched).kind
 
     def limits(self, name: str, memory_mb: int) -> Limits:
         """New limits for one sandbox."""
-        if not self.folders:
-            return self._make(memory_mb)
-        return self._make(memory_mb, [folder / name for folder in self.folders])
+        if self._group is None:
+            return Watched(memory_mb)
+        return self._group(memory_mb, [folder / name for folder in self.folders])
 
     def close(self) -> None:
         for folder in self.folders:
             end_group(folder)
 
-    def _enter(self, make: Callable[..., Limits], folders: list[Path]) -> bool:
+    def _enter(self, make: type[Group], folders: list[Path]) -> bool:
         """Makes the parent group and one for trial: permission is found by asking."""
         try:
             for folder in folders:
@@ -312,7 +308,7 @@ class Parent:
                 end_group(folder / "trial")
                 end_group(folder)
             return False
-        self.folders, self._make = folders, make
+        self.folders, self._group = folders, make
         return True
 
 

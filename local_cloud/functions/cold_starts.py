@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +20,7 @@ from typing import Any
 
 from course.measure import Series
 from course.process import wait_until
+from course.show import Table
 from local_cloud.functions.platform import REPOSITORY, Function, Platform
 from local_cloud.functions.pool import Result
 from local_cloud.functions.sandbox import Sandbox
@@ -76,6 +77,20 @@ def composition(
         )
         for laps in zip(*runs, strict=True)
     ]
+
+
+def compositions(
+    ways: Mapping[str, Mapping[str, str]],
+    *,
+    repeats: int,
+    on_each: Callable[[], object] = lambda: None,
+) -> dict[str, list[Phase]]:
+    """The phases of several kinds of starts, each with its environment."""
+    told = {}
+    for kind, environment in ways.items():
+        told[kind] = composition(kind, repeats=repeats, environment=environment)
+        on_each()
+    return told
 
 
 def _phases(kind: str, environment: Mapping[str, str]) -> list[tuple]:
@@ -145,6 +160,17 @@ def _call(result: Result, total_ms: float) -> Call:
     )
 
 
+def calls_table(calls: Mapping[str, Call]) -> Table:
+    """Three calls of one sandbox, each under what had happened to it."""
+    columns = ["call", ("caller waits", "ms"), ("of it init", "ms")]
+    columns += [("duration", "ms"), ("billed", "ms"), ("most memory", "MB")]
+    rows = [
+        [what, c.total_ms, c.ready_ms, c.duration_ms, c.billed_ms, c.memory_mb]
+        for what, c in calls.items()
+    ]
+    return Table("One sandbox, three calls", columns, rows)
+
+
 def first_calls(
     cloud: Platform, functions: Iterable[Function], event: Any, *, turns: int = 5
 ) -> dict[str, list[Call]]:
@@ -167,9 +193,24 @@ def first_calls(
 def figures(calls: Sequence[Call]) -> list[Any]:
     """Of such calls: how long they took and its spread, init, billed, and how many."""
     waits = Series(tuple(call.total_ms for call in calls))
-    ready = Series(tuple(call.ready_ms for call in calls)).median
     billed = Series(tuple(call.billed_ms for call in calls)).median
-    return [waits.median, waits.spread, ready, billed, waits.n]
+    return [waits.median, waits.spread, ready_ms(calls), billed, waits.n]
+
+
+def strategies_table(told: Mapping[str, Sequence[Call]], idle: Sequence[str]) -> Table:
+    """First calls by strategy, and what each of these pays for while nobody calls."""
+    columns = ["strategy", ("caller waits", "ms"), ("spread", "ms")]
+    columns += [("init or restore", "ms"), ("billed", "ms"), "n", "costs while idle"]
+    rows = [
+        [name, *figures(calls), costs]
+        for (name, calls), costs in zip(told.items(), idle, strict=True)
+    ]
+    return Table("The first call, to the first token", columns, rows)
+
+
+def ready_ms(calls: Sequence[Call]) -> float:
+    """Of such calls: the median time before the handler ran."""
+    return Series(tuple(call.ready_ms for call in calls)).median
 
 
 def _await_idle(cloud: Platform, function: Function) -> None:
@@ -213,7 +254,7 @@ def burst(
 @contextmanager
 def clones(cloud: Platform, function: Function, count: int) -> Iterator[list[Sandbox]]:
     """Fresh clones of a snapshot that nobody has called: their sandboxes."""
-    fresh = replace(function, snapshot=True, provisioned=count)
+    fresh = replace(function, snapshot=True, ready_clones=True, provisioned=count)
     cloud.deploy(fresh)
     yield cloud.sandboxes(fresh.name)
     cloud.deploy(replace(fresh, provisioned=0))
@@ -221,16 +262,18 @@ def clones(cloud: Platform, function: Function, count: int) -> Iterator[list[San
 
 def meet_burst(
     cloud: Platform, function: Function, event: Any, callers: int
-) -> tuple[float, float]:
+) -> tuple[float, int, float]:
     """So many callers of a snapshot that nobody has called yet.
 
     Returns:
-        Milliseconds until all are answered, and the MB that one fresh clone owns.
+        Milliseconds until all are answered, how many of them started a clone (one
+        that is soon done may take another), and the MB that a fresh clone owns.
     """
     with clones(cloud, function, 1) as (fresh,):
         memory = private_mb(fresh.pid)
     cloud.deploy(replace(function, snapshot=True))
-    return burst(cloud, function.name, event, callers)[0], memory
+    took, calls = burst(cloud, function.name, event, callers)
+    return took, sum(call.cold for call in calls), memory
 
 
 def private_mb(pid: int) -> float:

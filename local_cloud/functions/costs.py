@@ -201,6 +201,24 @@ def cold_probability(rate: float, keep_alive_s: float) -> float:
     return math.exp(-rate * keep_alive_s)
 
 
+def facts(
+    memory_mb: float, vcpus: float, memory_gb: float
+) -> list[tuple[str, float, str]]:
+    """What decides between a function and a container: names, figures, units.
+
+    Calls that come at random every five minutes, to sandboxes that are kept as long.
+    """
+    share = break_even_utilisation(memory_mb, vcpus, memory_gb)
+    cold = cold_probability(rate=1 / 300, keep_alive_s=300)
+    always = "a container that is always up is cheaper from this busy share on"
+    return [
+        (always, 100 * share, "%"),
+        ("and a provisioned sandbox", 100 * provisioned_break_even(), "%"),
+        ("a restore costs as much as init of", restore_in_init_s(), "s"),
+        ("one call in 5 min, sandboxes kept as long: cold", 100 * cold, "%"),
+    ]
+
+
 def draw_month(
     ax: Axes, *, memory_mb: float, vcpus: float, memory_gb: float, call_s: float
 ) -> None:

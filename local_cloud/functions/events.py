@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,13 +22,19 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from local_cloud.functions.bucket import Bucket
-from local_cloud.functions.errors import TooManyRequests
+from local_cloud.functions.errors import (
+    PlatformClosed,
+    PlatformError,
+    TooManyRequests,
+)
 from local_cloud.functions.queue import MAX_BATCH, Message, Queue
 
 REGION, ACCOUNT = "us-east-1", "123456789012"
 MAX_EVENT_BYTES = 6_000_000  # of a batch: what one invocation may be given
 MAX_BATCH_SIZE = 10_000
 POLL_S = 0.2  # how soon a mapping or schedule notices that its block has ended
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Bucket", "EventError", "Mapping", "Schedule", "Tally", "failures"]
 
@@ -117,12 +125,11 @@ class Mapping:
             poller.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         self._ending.set()
         for poller in self._pollers:
             poller.join()
-        if self._problems and kind is None:
-            raise self._problems[0]
+        _tell(self._problems, error)
 
     def _poll(self) -> None:
         try:
@@ -180,6 +187,11 @@ class Mapping:
             except TooManyRequests:
                 if time.monotonic() + pause_s > end or self._ending.wait(pause_s):
                     return None
+            except PlatformClosed:  # for good: nothing will ever be done here
+                raise
+            except PlatformError as refusal:
+                log.warning("%s refused a batch: %s", self.function, refusal)
+                return None
             pause_s *= 2
 
 
@@ -199,7 +211,7 @@ def failures(outcome: Outcome, ids: set[str]) -> set[str]:
     except KeyError as missing:
         # An answer about something else is a success; a failure without id is not.
         return set() if missing.args == ("batchItemFailures",) else ids
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return ids
     return named if named <= ids else ids
 
@@ -268,7 +280,7 @@ class Schedule:
         self._plan = _plan(expression, start)
         self._last = start  # everything up to here is settled
         self._ending = threading.Event()
-        self._problem: Exception | None = None
+        self._problems: list[Exception] = []
         self._thread = threading.Thread(target=self._watch, name=f"{name}-schedule")
 
     def due(self) -> dict[str, Any] | None:
@@ -294,11 +306,10 @@ class Schedule:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         self._ending.set()
         self._thread.join()
-        if self._problem is not None and kind is None:
-            raise self._problem
+        _tell(self._problems, error)
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock(), UTC)
@@ -310,7 +321,7 @@ class Schedule:
                 if event := self.due():
                     self.target(event)
         except Exception as problem:  # told when the block ends
-            self._problem = problem
+            self._problems.append(problem)
 
 
 Plan = Callable[[datetime], datetime | None]  # the latest planned time up to a moment
@@ -334,6 +345,14 @@ def _plan(expression: str, start: datetime) -> Plan:
         "six fields, one of the days a ?, such as 'cron(0 10 ? * MON-FRI *)', "
         f"found {expression!r:.80}. Write one of these."
     )
+
+
+def _tell(problems: list[Exception], error: BaseException | None) -> None:
+    """Raises a thread's problem; if the block fails, often of it, adds it there."""
+    for problem in problems:
+        if error is None:
+            raise problem
+        error.add_note("".join(traceback.format_exception(problem)))
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:

@@ -46,6 +46,15 @@ class SQLitePersistenceLayer(BasePersistenceLayer):
         super().__init__()
         self.file = Database(Path(path), _FORMAT)
 
+    def begun(self) -> set[tuple[str, int]]:
+        """What is begun and not finished: its key, and until when it is reserved."""
+        query = (
+            "SELECT key, in_progress_until FROM records"
+            " WHERE status = 'INPROGRESS' AND in_progress_until > ?"
+        )
+        rows = self.file.look(query, (1000 * time.time(),))
+        return {(row["key"], row["in_progress_until"]) for row in rows}
+
     def _get_record(self, idempotency_key: str) -> DataRecord:
         rows = self.file.look("SELECT * FROM records WHERE key = ?", (idempotency_key,))
         if not rows:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import re
 import threading
 import uuid
@@ -35,6 +36,8 @@ NAME = re.compile(
 )
 LOG_TAIL_BYTES = 4096
 PIECE_BYTES = 2**20
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -75,6 +78,11 @@ class InvokeHandler(BaseHTTPRequestHandler):
             self._invoke()
         except PlatformError as error:
             self._refuse(error)
+        except (ConnectionError, TimeoutError):  # the caller's, who is gone
+            raise
+        except Exception:
+            log.exception("POST %s", self.path)
+            self._refuse(PlatformError("Internal error: the platform's log tells it."))
 
     def _invoke(self) -> None:
         body = self._body()
@@ -125,8 +133,13 @@ class InvokeHandler(BaseHTTPRequestHandler):
         return self.platform.function(name).name
 
     def _body(self) -> bytes:
-        left = int(self.headers.get("Content-Length") or 0)
-        body = bytearray()
+        told = self.headers.get("Content-Length") or "0"
+        if not re.fullmatch(r"[0-9]{1,18}", told):
+            self.close_connection = True  # nobody knows where this request ends
+            raise InvalidRequestContent(
+                f"Expected Content-Length to be a number of bytes, found {told!r:.40}"
+            )
+        left, body = int(told), bytearray()
         while left and (piece := self.rfile.read(min(left, PIECE_BYTES))):
             left -= len(piece)
             if len(body) <= SYNC_BYTES:  # one that is too large is not kept whole
@@ -165,7 +178,7 @@ class InvalidParameter(PlatformError):
 def _decoded(context: str) -> dict:
     try:
         decoded = json.loads(base64.b64decode(context, validate=True))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequestContent(
             f"Client context must be a valid Base64-encoded JSON object: {error}"
         ) from None

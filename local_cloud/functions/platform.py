@@ -8,6 +8,7 @@ killed, the guardian ends it.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import secrets
@@ -43,6 +44,8 @@ SYNC_BYTES, ASYNC_BYTES = 6 * 2**20, 2**20
 CONCURRENCY = 32  # sandboxes of a platform; an account on Lambda has 10 to 1,000
 RESERVED_NAMES = re.compile(r"_HANDLER|AWS_LAMBDA_.*|AWS_(DEFAULT_)?REGION|LAMBDA_.*")
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Function:
@@ -56,6 +59,8 @@ class Function:
         reserved: the most sandboxes at once, kept free for it; None: what is left.
         provisioned: sandboxes kept initialised.
         snapshot: start sandboxes as forks of one initialised process.
+        ready_clones: ours, to look at clones that nobody has called: allows
+            `provisioned` together with `snapshot`, which Lambda refuses.
         keep_alive_s: an idle sandbox is ended after that.
         retries, max_event_age_s, retry_delay_s, on_failure: asynchronous invocations.
 
@@ -72,6 +77,7 @@ class Function:
     reserved: int | None = None
     provisioned: int = 0
     snapshot: bool = False
+    ready_clones: bool = False
     keep_alive_s: float = 300.0
     retries: int = 2
     max_event_age_s: float = 21_600.0
@@ -80,6 +86,7 @@ class Function:
 
     def __post_init__(self) -> None:
         most = math.inf if self.reserved is None else self.reserved
+        either = not (self.snapshot and self.provisioned) or self.ready_clones
         taken = [name for name in self.environment if RESERVED_NAMES.fullmatch(name)]
         checks = [
             (re.fullmatch(r"[\w-]{1,64}", self.name), "name", "1 to 64 of a-z 0-9 - _"),
@@ -89,6 +96,7 @@ class Function:
             (0 < self.timeout_s <= 900, "timeout_s", "more than 0, at most 900"),
             (most >= 0, "reserved", "0 or more, or None"),
             (0 <= self.provisioned <= most, "provisioned", "0 to reserved"),
+            (either, "provisioned", "0 with snapshot: one or the other"),
             (self.keep_alive_s >= 0, "keep_alive_s", "0 or more"),
             (0 <= self.retries <= 2, "retries", "0 to 2"),
             (0 < self.max_event_age_s <= 21_600, "max_event_age_s", "up to 21600"),
@@ -163,7 +171,12 @@ class Platform:
             FunctionError: more is reserved than there is, or an init failed.
         """
         pool = Pool(function, self.host, self._room_for(function))
-        pool.provision()
+        try:
+            for thread in pool.provision():
+                thread.join()
+        except BaseException:  # no thread to be had, or Ctrl-C
+            pool.end()
+            raise
         if (found := len(pool.all)) < function.provisioned:
             pool.end()
             raise FunctionError(
@@ -263,8 +276,11 @@ class Platform:
         """Looks after idle sandboxes and replaces lost provisioned ones."""
         while not self._closed.wait(FREEZE_AFTER_S):
             for pool in list(self._pools.values()):
-                pool.keep()
-                pool.provision()
+                try:
+                    pool.keep()
+                    pool.provision()
+                except Exception:  # of one function: the others need looking after
+                    log.exception("%s: cannot be kept", pool.function.name)
 
     def _end_pools(self) -> None:
         for pool in [*self._retired, *self._pools.values()]:
@@ -280,7 +296,7 @@ def encode(payload: bytes | Any, most: int, kind: str) -> bytes:
                 json.loads(event)
         else:
             event = json.dumps(payload).encode()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InvalidRequestContent(
             f"Could not parse request body into json: {error}"
         ) from None

@@ -6,11 +6,11 @@ others can grow old; if none is idle, a new one, which is the cold start.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 FREEZE_AFTER_S = 0.05  # idle before it is frozen: calls in a row pay nothing for it
 PROVISION_S = 1.0  # between tries to replace provisioned sandboxes
 END_S = 5.0  # until those at work have noticed that they were killed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Pool:
         self.all: set[Sandbox] = set()
         self.closed = self._killed = False
         self._provision_at = 0.0
+        self._starting: list[threading.Thread] = []
         self._change = threading.Condition()
         self._template = None
         if function.snapshot:
@@ -109,21 +112,37 @@ class Pool:
                     return self._finish(sandbox, request_id, outcome)
             return self._cold(request_id, payload, headers)
 
-    def provision(self) -> None:
-        """Starts what is missing of the provisioned sandboxes, all at once."""
+    def provision(self) -> list[threading.Thread]:
+        """Starts what is missing of the provisioned sandboxes, all at once.
+
+        Returns the threads that do: an init that hangs holds up nobody but who joins.
+        """
         missing = self.function.provisioned - len(self.all)
-        if missing <= 0 or self.closed or time.monotonic() < self._provision_at:
-            return
+        under_way = any(thread.is_alive() for thread in self._starting)
+        too_soon = under_way or time.monotonic() < self._provision_at
+        if missing <= 0 or self.closed or too_soon:
+            return []
         self._provision_at = time.monotonic() + PROVISION_S
-        with ThreadPoolExecutor(missing) as starting:
-            made = starting.map(
-                lambda _: self._new("provisioned-concurrency"), range(missing)
-            )
-        for sandbox, outcome in made:
-            if outcome.error:
-                self._end(sandbox)
-            else:
-                self._put(sandbox)
+        self._starting = [
+            threading.Thread(target=self._provision_one, name="provision", daemon=True)
+            for _ in range(missing)
+        ]
+        for thread in self._starting:
+            thread.start()
+        return self._starting
+
+    def _provision_one(self) -> None:
+        try:
+            sandbox, outcome = self._new("provisioned-concurrency")
+        except Retired:
+            return
+        except Exception:  # no room, for instance: tried again, so it must be told
+            log.exception("%s: no provisioned sandbox", self.function.name)
+            return
+        if outcome.error:
+            self._end(sandbox)
+        else:
+            self._put(sandbox)
 
     def keep(self) -> None:
         """Freezes what is idle; ends what is idle for too long, or dead."""
@@ -160,6 +179,9 @@ class Pool:
                 sandbox.kill()
             with self._change:
                 self._change.wait_for(lambda: not self.all, 0.05)
+        for thread in self._starting:
+            if thread.is_alive():
+                thread.join(END_S)
         self._end_template()
 
     def _take(self) -> Sandbox | None:
@@ -175,10 +197,12 @@ class Pool:
         self._end(sandbox)
 
     def _end(self, sandbox: Sandbox) -> None:
-        sandbox.end()
-        with self._change:
-            self.all.discard(sandbox)
-            self._change.notify_all()
+        try:
+            sandbox.end()
+        finally:  # whatever is left of it, it counts no longer
+            with self._change:
+                self.all.discard(sandbox)
+                self._change.notify_all()
         self._end_template()
 
     def _end_template(self) -> None:
@@ -201,7 +225,7 @@ class Pool:
             if self.closed:
                 raise Retired
             if self._template:
-                return sandbox, sandbox.restore(self._template)
+                return sandbox, sandbox.restore(self._template, again_s)
             return sandbox, sandbox.start(how, again_s)
         except BaseException:
             self._end(sandbox)
@@ -213,7 +237,7 @@ class Pool:
         """The first invocation of a new sandbox.
 
         If the init fails, Lambda tries it once more, now within the invocation: at
-        its CPU share, on its time, and with its timeout.
+        its CPU share, on its time, and with its timeout. So is a restore here.
         """
         log, lost_ms, again_ms = "", 0.0, 0.0
         sandbox, outcome = self._new()
@@ -264,7 +288,10 @@ class Pool:
         cold: bool,
         lost_ms: float,
     ) -> Report:
-        """What it took; since 2025-08-01 the init phase is billed as well."""
+        """What it took; since 2025-08-01 the init phase is billed as well.
+
+        A restore is billed whole here: see report.py.
+        """
         took = outcome.duration_ms
         init_ms = sandbox.init_ms if cold else None
         restore_ms = sandbox.restore_ms if cold else None

@@ -2,6 +2,10 @@
 
 The fields are separated by tabs, as Lambda writes them, so that tools which read
 CloudWatch logs (aws-lambda-power-tuning, Logs Insights) read these too.
+
+Of a restore Lambda bills what the runtime takes to load and the after-restore hooks to
+run, not the copying of the snapshot. Here the copying is a fork of a millisecond or
+two, and the whole restore is billed.
 """
 
 from __future__ import annotations

@@ -3,15 +3,16 @@
 A sandbox is a process group under limits, with a folder of its own for its log and its
 temporary files (TMPDIR; Lambda mounts /tmp, which needs root). Its life:
 
-- init: the process starts, imports the handler and asks for work. Ten seconds at most,
-  and the CPU is not limited yet, as on Lambda.
+- init: the process starts, imports the handler and asks for work. Ten seconds at most
+  while a caller waits, and the CPU is not limited yet, as on Lambda.
 - invoke: the event goes out, the result comes back, or the deadline comes first. The
   runtime client never looks at the deadline: the platform kills.
 - idle: it waits for `invocation/next`, and is frozen a little later.
 
 What goes wrong ends as Lambda ends it: the same error types, messages and lines of log.
-Lambda would start the next invocation in the same environment after a crash; here it
-gets a new one, which differs in nothing but what is left in its /tmp.
+After a crash Lambda keeps the environment with its /tmp, and the next invocation begins
+with another init, which has the function's timeout and counts as Duration. Here it gets
+a new environment, and an init phase like any first one.
 
 A snapshot's clone is a sandbox too. `snapshot.Template` forks it, and `restore` adopts
 it: a process with an id of its own, its own group and its own mailbox.
@@ -31,7 +32,6 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,13 +49,12 @@ if TYPE_CHECKING:
     from local_cloud.functions.platform import Function
     from local_cloud.functions.snapshot import Template
 
-INIT_LIMIT_S = 10.0
+INIT_LIMIT_S = 10.0  # of an init or a restore that a caller waits for
+PATIENT_LIMIT_S = 130.0  # of one ahead of all callers, at least; see patience_s
 LOG_BYTES = 2**20  # of one invocation's log that are kept: the end
 LOG_FILE_BYTES = 8 * 2**20  # after which the file of a sandbox starts anew
-LOOK_S = 0.25  # between looks at a process where nothing tells that it ended (macOS)
 ARN = "arn:aws:lambda:us-east-1:000000000000:function:"
 PASSED_ON = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "XDG_CACHE_HOME")
-TRANSPORT = Path(__file__).parent / "transport"  # for where awslambdaric has no wheel
 
 
 @dataclass(frozen=True)
@@ -139,12 +138,13 @@ class Sandbox:
             self.limits.command(argv), self.function, env, self.tmp, self.log
         )
         self._adopt(self._process.pid)
-        outcome = self._ready(begin, INIT_LIMIT_S if again_s is None else again_s)
+        first_s = INIT_LIMIT_S if how == "on-demand" else patience_s(self.function)
+        outcome = self._ready(begin, first_s if again_s is None else again_s)
         if again_s is None:
             self.init_ms = outcome.duration_ms
         return outcome
 
-    def restore(self, template: Template) -> Outcome:
+    def restore(self, template: Template, again_s: float | None = None) -> Outcome:
         """Instead of the init phase: a fork of the template's process."""
         self._template = template
         template.endpoint.clones[self.id] = self._mailbox
@@ -153,8 +153,9 @@ class Sandbox:
             self._adopt(template.clone(self))
         except OSError as gone:
             return failed("Sandbox.Failure", str(gone), "", 0.0)
-        outcome = self._ready(begin, INIT_LIMIT_S)
-        self.restore_ms = outcome.duration_ms
+        outcome = self._ready(begin, INIT_LIMIT_S if again_s is None else again_s)
+        if again_s is None:
+            self.restore_ms = outcome.duration_ms
         return outcome
 
     def invoke(
@@ -250,12 +251,8 @@ class Sandbox:
 
     def _hear(self, limit_s: float) -> Call | None:
         """The next thing the runtime says, or None at the deadline."""
-        end = time.perf_counter() + limit_s
-        while (left := end - time.perf_counter()) > 0:
-            with suppress(queue.Empty):
-                return self._mailbox.calls.get(timeout=min(left, LOOK_S))
-            if self._process and self._process.poll() is not None:
-                return Call("exit")
+        with suppress(queue.Empty):
+            return self._mailbox.calls.get(timeout=limit_s)
         return None
 
     def _outcome(
@@ -296,6 +293,11 @@ class Sandbox:
         return failed(kind, words, request_id, took)
 
 
+def patience_s(function: Function) -> float:
+    """What Lambda gives an init that no caller waits for: provisioned, or snapshot."""
+    return max(PATIENT_LIMIT_S, function.timeout_s)
+
+
 def failed(
     kind: str, words: str, request_id: str, duration_ms: float, status: str = "error"
 ) -> Outcome:
@@ -309,13 +311,10 @@ def environment(function: Function, address: str, how: str) -> dict[str, str]:
     """The variables of a function's process: Lambda's, its own, few of ours."""
     # AWS_EXECUTION_ENV is not among them: from Python 3.12 on it would make the client
     # start a thread for each `next`, which a warm call would pay for.
-    paths = [str(function.code)]
-    if not find_spec("runtime_client"):
-        paths.append(str(TRANSPORT))
     return {
         **{name: os.environ[name] for name in PASSED_ON if name in os.environ},
         "TZ": ":UTC",
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": str(function.code),
         **function.environment,
         "_HANDLER": function.handler,
         "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": str(function.memory_mb),

@@ -7,7 +7,8 @@ its template until one of the two writes, and starts in milliseconds.
 
 What is the same in all clones is the catch. Random generators, identifiers and open
 connections were made before the fork: the after-restore hooks must make them anew.
-Threads are not copied at all.
+Unlike SnapStart, which stores a whole virtual machine, a fork copies no threads: what
+starts some in its init works there and not here.
 
 `template.py` is the program that runs inside; this is the platform's side of it.
 """
@@ -29,12 +30,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from local_cloud.functions.errors import FunctionError
-from local_cloud.functions.sandbox import Host, Sandbox, environment, launch
+from local_cloud.functions.sandbox import (
+    Host,
+    Sandbox,
+    environment,
+    launch,
+    patience_s,
+)
 
 if TYPE_CHECKING:
     from local_cloud.functions.platform import Function
 
-INIT_LIMIT_S = 130.0  # of a function with SnapStart: nobody waits for it
 FORK_LIMIT_S = 10.0
 PROGRAM = Path(__file__).with_name("template.py")
 READY = b"ready"
@@ -120,13 +126,14 @@ class Template:
         return process
 
     def _await_snapshot(self) -> None:
-        self._control.settimeout(INIT_LIMIT_S)
+        limit_s = patience_s(self.function)
+        self._control.settimeout(limit_s)
         try:
             if self._control.recv(64) == READY:
                 return
             found = f"that it ended with exit code {self._process.wait()}"
         except TimeoutError:
-            found = f"that it had not after {INIT_LIMIT_S:g} s"
+            found = f"that it had not after {limit_s:g} s"
         raise FunctionError(
             f"{self.function.name}: expected its init to succeed for the snapshot, "
             f"found {found}. Mend it, or deploy without snapshot:\n{self.log()}"

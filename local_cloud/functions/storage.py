@@ -41,6 +41,10 @@ class Storage:
             query = "SELECT key, text FROM summaries ORDER BY key, version"
             return db.execute(query).fetchall()
 
+    def close(self) -> None:
+        """Closes the file of what was done; the next call opens it again."""
+        self.done.file.close()
+
     def _open(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.data / SUMMARIES, timeout=30)
         db.execute(SCHEMA)

@@ -18,6 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from course import draw
+from course.show import Table
 from local_cloud.functions import costs
 from local_cloud.functions.report import Report
 
@@ -166,6 +167,18 @@ def reports_in(log: str) -> list[Report]:
         for line in log.splitlines()
         if "REPORT RequestId:" in line
     ]
+
+
+def table(tuning: Tuning) -> Table:
+    """The sizes that worked; below, why the others did not."""
+    columns = [("memory", "MB"), ("duration", "ms"), ("billed", "ms")]
+    columns += [("used", "MB"), ("a million calls", "USD")]
+    rows = [
+        [p.memory_mb, p.duration_ms, p.billed_ms, p.max_memory_mb, p.usd_per_million]
+        for p in tuning.points
+    ]
+    failed = ", ".join(f"{mb} MB: {why}" for mb, why in tuning.failed.items())
+    return Table("Power tuning, medians of warm calls", columns, rows, failed)
 
 
 def draw_curve(time_axis: Axes, cost_axis: Axes, tuning: Tuning) -> None:

@@ -43,6 +43,8 @@ class AlertRule:
         self.labels: Mapping[str, str] = rule.get("labels", {})
         self.annotations: Mapping[str, str] = rule.get("annotations", {})
         self.active: dict[Labels, Alert] = {}
+        for text in (*self.labels.values(), *self.annotations.values()):
+            check(self.name, text)
 
     def evaluate(self, samples: Samples, at: float) -> None:
         """Brings the alerts up to this moment."""
@@ -130,11 +132,23 @@ def seconds(duration: str | float) -> float:
     return promql_parser.parse_duration(duration).total_seconds()
 
 
+WITH = re.compile(r"\{\{\s*with \$labels\.(\w+)\s*\}\}(.*?)\{\{\s*end\s*\}\}")
+LABEL = re.compile(r"\{\{\s*\$labels\.(\w+)\s*\}\}")
+VALUE = re.compile(
+    r"\{\{\s*\$value\s*(?:\|\s*(humanizePercentage|humanize1024)\s*)?\}\}"
+)
+
+
 def fill(text: str, labels: Mapping[str, str], value: float) -> str:
-    """`{{ $labels.name }}` and `{{ $value | format }}` filled in."""
-    text = re.sub(
-        r"\{\{\s*\$labels\.(\w+)\s*\}\}", lambda m: labels.get(m[1], ""), text
-    )
+    """The part of Prometheus' templates that rules use, filled in.
+
+    `{{ $labels.name }}`, `{{ $value }}` and `{{ $value | humanize1024 }}`, and what
+    stands `{{ with $labels.name }}...{{ . }}...{{ end }}` if there is such a label.
+    """
+
+    def told(match: re.Match[str]) -> str:
+        label = labels.get(match[1], "")
+        return re.sub(r"\{\{\s*\.\s*\}\}", lambda _: label, match[2]) if label else ""
 
     def number(match: re.Match[str]) -> str:
         if match[1] == "humanizePercentage":
@@ -144,4 +158,16 @@ def fill(text: str, labels: Mapping[str, str], value: float) -> str:
             return f"{value / 1024**power:.4g}{'_kMGTPE'[power]}i"
         return f"{value:.4g}"
 
-    return re.sub(r"\{\{\s*\$value\s*(?:\|\s*(\w+)\s*)?\}\}", number, text)
+    text = LABEL.sub(lambda match: labels.get(match[1], ""), WITH.sub(told, text))
+    return VALUE.sub(number, text)
+
+
+def check(name: str, text: str) -> None:
+    """Raises QueryError for a template that `fill` would leave in a notification."""
+    labels = dict.fromkeys(re.findall(r"\$labels\.(\w+)", text), "known")
+    if "{{" in (filled := fill(text, labels, 1.0)):
+        raise QueryError(
+            f"Expected a template of $labels and $value alone in the alert {name}, "
+            f"found {filled[filled.index('{{') :]!r}. Say it with these, or use "
+            "Prometheus."
+        )

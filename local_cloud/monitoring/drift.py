@@ -1,13 +1,13 @@
 """Drift of one feature of the traffic: counted as it passes, scored when it is scraped.
 
     watch = Watch("prompt_tokens", baseline, psi)
-    registry.register(DriftCollector(watch))
-    watch.observe(57)                    # of each request; memory stays bounded
+    watch_prompts(app.state.service.metrics, watch)     # of an app by `create_app`
 
-exports `model_input_drift_psi{feature="prompt_tokens"}`, the distance of the newest
-values from the baseline, and `model_input_drift_limit`, which that distance exceeds
-once in a hundred windows without any drift. Until the window is full the distance is
-NaN: not known, and no alert compares true with it.
+tells the watch of each prompt (`watch.observe(57)`; memory stays bounded) and exports
+`model_input_drift_psi{feature="prompt_tokens"}`, the distance of the newest values from
+the baseline, and `model_input_drift_limit`, which that distance exceeds once in a
+hundred windows without any drift. Until the window is full the distance is NaN: not
+known, and no alert compares true with it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ import threading
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from prometheus_client.core import GaugeMetricFamily
+
+if TYPE_CHECKING:
+    from serving.metrics import Metrics
 
 WINDOW = 300  # values; with fewer the noise hides what is looked for
 BINS = 8  # of the baseline, equally full
@@ -109,6 +113,16 @@ class DriftCollector:
                 distance.add_metric([watch.feature], watch.value())
                 limits.add_metric([watch.feature], watch.limit)
             yield from (distance, limits)
+
+
+def watch_prompts(metrics: Metrics, watch: Watch) -> None:
+    """Let an API export the drift of its prompts' lengths in tokens.
+
+    None does so by itself: whose days were the better ones, and so the baseline, is for
+    its operator to say.
+    """
+    metrics.on_prompt.append(watch.observe)
+    metrics.registry.register(DriftCollector(watch))  # type: ignore[arg-type]
 
 
 def edges(values: np.ndarray) -> list[float]:

@@ -8,6 +8,9 @@ A service that is stopped, or gone, counts no errors: only whoever stands in fro
 sees them. So the edge has metrics of its own at `/metrics`, under the names the API
 uses; Prometheus' label `job` tells them apart. Nothing is injected unless ordered, and
 what is injected says so: a header `x-fault-injected` and a counter by kind.
+
+It reads status lines, no answers, as any ingress does: a stream that the API ends with
+an error, for want of a better place, is good to it. The API's own counts know better.
 """
 
 from __future__ import annotations

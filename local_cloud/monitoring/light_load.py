@@ -26,11 +26,14 @@ from course.load import (
     run_open_loop,
     stream_chat,
 )
+from course.machine import cpu_quota
 from course.measure import Paired, Percentile, Series
 from course.show import Cell, Table
-from local_cloud.monitoring.drift import Score, Watch
+from local_cloud.monitoring.drift import WINDOW, Score, Watch
 from local_cloud.monitoring.energy import Interval, Meter
 from local_cloud.monitoring.scrape import Scrape, parse, quantile, scrape, share_under
+from local_cloud.monitoring.traces import SQLiteSpans, Tracing
+from serving import trials
 
 HTTP = "http_server_request_duration_seconds"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -226,6 +229,33 @@ def watched(
                 yield feature, who, watch
 
 
+def scores(asked: Mapping[str, Window], score: Score) -> tuple[Table, list[str]]:
+    """How far each window is from the baseline, and what is beyond its limit."""
+    rows: list[list[Cell]] = []
+    over = []
+    for feature, who, watch in watched(asked, score):
+        rows.append([feature, who, watch.value(), watch.limit])
+        over += [f"{feature} ({who})"] if watch.value() > watch.limit else []
+    columns = ["feature", "users", "PSI", "limit, p99 without drift"]
+    return Table(f"Drift, windows of {WINDOW} answers", columns, rows), over
+
+
+# ## Sampling
+
+
+def sampled(
+    url: str, tracing: Tracing, store: SQLiteSpans, good: int, refused: int
+) -> Table:
+    """Of how many requests a trace is kept, of good ones and of refused ones."""
+    before = len(store.roots())
+    asyncio.run(trials.mixed(url, good=good, refused=refused))
+    tracing.flush()
+    kept = [root.error for root in store.roots()[before:]]
+    rows: list[list[Cell]] = [["answered", good, kept.count(None)]]
+    rows.append(["refused", refused, kept.count("429")])
+    return Table("What sampling keeps", ["requests", "sent", "traces"], rows)
+
+
 # ## Energy
 
 
@@ -276,6 +306,21 @@ def middle(works: Sequence[Work]) -> Work:
     low = median(one.joules.low for one in works)
     high = median(one.joules.high for one in works)
     return Work(Interval(low, high), median(one.seconds for one in works))
+
+
+def per_token(
+    ways: Mapping[str, Sequence[Work]],
+    sci: Callable[[Interval, float], Interval],
+    title: str,
+) -> Table:
+    """A row for each way of doing the same work; `sci(joules, thread_s)` in grams."""
+    rows: list[list[Cell]] = []
+    for name, works in ways.items():
+        token = middle(works)
+        grams = sci(token.joules * 1000, token.seconds * 1000 * cpu_quota())
+        rows.append([name, str(token.joules), str(grams), len(works)])
+    columns = ["answers", ("energy", "J/token"), ("SCI", "g/1,000 tokens"), "n"]
+    return Table(title, columns, rows)
 
 
 def ratio(a: Sequence[Work], b: Sequence[Work]) -> Percentile:

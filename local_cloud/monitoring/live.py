@@ -50,6 +50,7 @@ class Live:
             await asyncio.to_thread(self.watch.look)
             self.wake()
             await asyncio.sleep(max(0.0, due - clock()))
+        self.wake()  # for the last time: who waits on shall not hold the server up
 
     def wake(self) -> None:
         """Let all who wait go on, to the same point."""
@@ -66,11 +67,12 @@ class Live:
             told = 0.0
             first: dict[str, Any] = self.table()
             while not self.ending:
-                new = [point for point in list(self.watch.points) if point[0] > told]
+                seen, fault = self.watch.shown
+                new = [point for point in seen if point[0] > told]
                 if new:
                     told = new[-1][0]
                 points = [[round(at, 2), *map(_short, row)] for at, row in new]
-                body = {**first, "points": points, "fault": self.watch.fault}
+                body = {**first, "points": points, "fault": fault}
                 yield f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
                 first = {}
                 await self.tick.wait()

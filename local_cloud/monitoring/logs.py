@@ -1,17 +1,70 @@
-"""Log lines: what JSON can say of a record, and a handler that loses none."""
+"""Log lines: one formatter that redacts, and a handler that loses none."""
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from functools import lru_cache
 from types import NoneType
 from typing import Any, TextIO
 
+from serving.telemetry import CURRENT
+
 LARGE = 2**63  # beyond it, readers of JSON differ
+SECRET_NAME = re.compile(
+    r"(?i)authorization|cookie|passw|secret|credential|(api|private).?key|token$"
+)
+SECRET = re.compile(
+    r"""(?isx)
+    (?P<rest> (?:authorization|cookie) ["'\\]* \s*[:=,]\s* b?["'\\]* ) [^"'\\\r\n]+
+    | (?P<pair> (?:passw\w{0,9}|secret\w{0,9}|credentials?|(?:api|private).?key
+        |(?:access|auth|session).?token) ["'\\]* \s*[:=]\s* b?["'\\]* ) [^\s"'\\,;&]+
+    | (?P<kind> \b(?:bearer|basic)\s+ ) [^\s"'\\,]{6,}
+    | (?P<user> ://[^\s/:@]*: ) [^\s/@]+ (?=@)
+    | \b(?:sk|pk|rk|fw|hf|gh[a-z]|xox[a-z]|glpat)[-_][\w-]{8,} | \bAKIA\w{12,}
+    | \beyJ[\w-]+\.[\w-]+\.[\w-]*  # a JSON web token
+    | -----BEGIN\ [A-Z\ ]*KEY-----.*?(?:-----END[^-]*-----|\Z)
+    | (?<![\w-])(?=[\w-]*\d)(?=[\w-]*[a-z])[\w-]{40,}  # long and random; ids have 32
+    """
+)
+
+
+class JsonLines(logging.Formatter):
+    """The one formatter: any record becomes one line of JSON, with the trace's ids."""
+
+    usual = frozenset(logging.makeLogRecord({}).__dict__) | {"taskName"}
+
+    def __init__(self, known_secrets: Sequence[str] = ()):
+        super().__init__()
+        self.known = [secret for secret in known_secrets if secret]
+
+    def hide(self, text: str) -> str:
+        for secret in self.known:
+            text = text.replace(secret, "[redacted]")
+        if len(text) < 40 and text.isalnum() and text[:4] != "AKIA":
+            return text  # a word or an id: no form fits, and most values are such
+        return SECRET.sub(r"\g<rest>\g<pair>\g<kind>\g<user>[redacted]", text)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Never raises: what cannot be said is described."""
+        when = datetime.fromtimestamp(record.created, UTC).isoformat()
+        told: dict[str, Any] = {"level": record.levelname, "logger": record.name}
+        told["message"] = message(record)
+        if trace := CURRENT.get():
+            ids = ("trace_id", "span_id", "request_id")
+            told |= {name: getattr(trace, name, None) for name in ids}
+        told |= {k: v for k, v in record.__dict__.items() if k not in self.usual}
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            told["stack"] = record.stack_info
+        told = plain(told, self.hide, SECRET_NAME)
+        return json.dumps({"time": when, **told})
 
 
 class LineHandler(logging.StreamHandler):

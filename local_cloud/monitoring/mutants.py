@@ -37,12 +37,12 @@ def _becomes(*others: str) -> Bend:
 # What is looked for in an expression, and what becomes of the part in parentheses.
 BENDS: tuple[tuple[str, Bend], ...] = (
     (r" (?:[<>]|==) (\d[\d.e+]*)", _scaled),
-    (r"\b(\d+)(?= \*)", _scaled),
+    (r" > ([a-z]\w+)$", lambda limit: (f"0.8 * {limit}", f"1.25 * {limit}")),
     (r", (\d+)\)", _scaled),  # how far predict_linear looks ahead
     (r'le="([\d.]+)"', _becomes("0.0")),
     (r"\[(\w+)\]", _stretched),
     (r" (>) ", _becomes("<")),
-    (r" (>) (?=\d+ \*|\d+$)", _becomes(">=")),  # whole numbers do meet
+    (r" (>) (?=\w+$|\d+\))", _becomes(">=")),  # whole numbers do meet
     (r" (==) ", _becomes("!=")),
     (r" (and|or) ", lambda word: ("or" if word == "and" else "and",)),
     (r" (/) ", _becomes("*")),

@@ -12,9 +12,10 @@ from datetime import UTC, datetime
 from email.message import EmailMessage
 from functools import partial
 from typing import Any
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.request import Request
 
 from local_cloud.monitoring.alerting import Alert
+from local_cloud.monitoring.scrape import direct
 from local_cloud.monitoring.stack import Receiver
 
 Payload = dict[str, Any]  # of a notification
@@ -49,8 +50,7 @@ def outboxes(receivers: Iterable[Receiver]) -> list[Outbox]:
 def post(url: str, payload: Payload) -> None:
     """Tells a webhook. Raises OSError if it does not take it."""
     body, kind = json.dumps(payload).encode(), {"Content-Type": "application/json"}
-    opener = build_opener(ProxyHandler({}))
-    opener.open(Request(url, body, kind), timeout=DELIVER_S).close()
+    direct().open(Request(url, body, kind), timeout=DELIVER_S).close()
 
 
 def mail(config: Mapping[str, Any], payload: Payload) -> None:

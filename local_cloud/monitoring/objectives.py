@@ -82,8 +82,8 @@ class SLO:
     """Of all that `total` counts, the share `objective` is good over `period_s`.
 
     Either the `good` events are counted or the `bad`. Raises SLOError for a promise
-    that nobody could keep, or whose breach would never page: the ratio of errors
-    cannot pass 1, so `FAST_BURN` times the budget has to stay below it.
+    that nobody could keep, or whose breach would page late or never: the ratio of
+    errors cannot pass 1, so `FAST_BURN` times the budget has to stay below it.
     """
 
     name: str
@@ -113,8 +113,9 @@ class SLO:
                 + (
                     "Without a budget for errors every error breaks it: promise less."
                     if self.objective >= 1
-                    else f"Not even failing always would burn {FAST_BURN:g} times its "
-                    "budget, so that nobody would be paged: promise more."
+                    else "Even if all failed, its budget would not burn "
+                    f"{FAST_BURN:g} times too fast: the fast alert could not fire, and "
+                    "the slow one would after hours, or never: promise more."
                 )
             )
 

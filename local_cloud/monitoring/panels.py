@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.error import HTTPError
 from urllib.parse import urlencode, urlsplit
-from urllib.request import OpenerDirector, ProxyHandler, build_opener
+from urllib.request import Request
 
 from local_cloud.monitoring.promql import Query
 from local_cloud.monitoring.samples import Samples, Target
+from local_cloud.monitoring.scrape import direct
 
 UNITS = ("req/s", "tokens/s", "s", "%", "x", "requests", "rows", "cores", "B")
 KINDS = ("timeseries", "gauge")  # a gauge has a natural range: 0 to 1
@@ -34,6 +36,10 @@ SHOWN_S = 180  # seconds, and points, that a view shows
 NOTHING = (
     "Expected data, found none for any panel: the source answers, but has nothing of "
     "the API. Is the API up, and scraped under the job that the panels name?"
+)
+NEEDS_KEY = (
+    "It wants a key that opens its metrics: name a file with one in METRICS_KEY_FILE "
+    "(of docker-compose.yml: secrets/metrics_key), or look at its Prometheus instead."
 )
 
 Values = list[float]  # one a series, in the order of the table; NaN is "no data"
@@ -139,8 +145,10 @@ class Prometheus:
 class Scraped:
     """Reads `/metrics` once a look and evaluates in this process."""
 
-    def __init__(self, url: str, panels: Sequence[Panel], job: str = "api") -> None:
-        self.url = url
+    def __init__(
+        self, url: str, panels: Sequence[Panel], job: str = "api", key: str = ""
+    ) -> None:
+        self.url, self._key = url, key
         self.name = f"{url}, without Prometheus"
         self.queries = [Query(text) for text in expressions(panels)]
         self.samples = Samples(KEEP_S)
@@ -151,7 +159,7 @@ class Scraped:
     def read(self) -> Values:
         now, text = time.monotonic(), None  # a step of the wall clock moves nothing
         try:
-            text = get(self.url)
+            text = get(self.url, key=self._key)
         finally:
             self.target.take(now, text)
             self.samples.forget(now - KEEP_S)
@@ -173,30 +181,46 @@ def source(url: str, panels: Sequence[Panel]) -> Source:
     try:
         get(f"{url}/api/v1/query", b"query=1")
     except SourceError:
-        scraped = Scraped(f"{url.removesuffix('/metrics')}/metrics", panels)
+        at = f"{url.removesuffix('/metrics')}/metrics"
+        scraped = Scraped(at, panels, key=metrics_key())
         scraped.read()
         return scraped
     return Prometheus(url, panels)
 
 
-@cache
-def _opener() -> OpenerDirector:
-    return build_opener(ProxyHandler({}))  # never through a proxy
-
-
-def get(url: str, form: bytes | None = None) -> str:
+def get(url: str, form: bytes | None = None, key: str = "") -> str:
     """The text at an address, or SourceError."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    advice = "Is it up, and there?"
     try:
-        with _opener().open(url, form, timeout=TIMEOUT_S) as response:
+        asked = Request(url, form, headers)
+        with direct().open(asked, timeout=TIMEOUT_S) as response:
             return response.read(MOST_BYTES).decode("utf-8", "replace")
     except HTTPError as error:
         found = f"{error.code} {error.read(200).decode('utf-8', 'replace')}"
+        if error.code in (401, 403):
+            found, advice = f"{error.code}, a closed door", NEEDS_KEY
     except (OSError, HTTPException, ValueError) as error:
         found = str(getattr(error, "reason", error)) or type(error).__name__
     where = url.partition("/api/v1/")[0]
-    raise SourceError(
-        f"Expected an answer from {where}, found: {found}. Is it up, and there?"
-    )
+    raise SourceError(f"Expected an answer from {where}, found: {found}. {advice}")
+
+
+def metrics_key() -> str:
+    """The key in the file that METRICS_KEY_FILE names; "" if it names none."""
+    path = os.environ.get("METRICS_KEY_FILE")
+    if not path:
+        return ""
+    try:
+        key, found = Path(path).read_text("ascii").strip(), "something else"
+    except (OSError, UnicodeDecodeError) as error:
+        key, found = "", str(error)
+    if not re.fullmatch(r"\S+", key):
+        raise SourceError(
+            f"METRICS_KEY_FILE={path}: expected a file with one key, found {found}. "
+            "Name the file that Prometheus reads: secrets/metrics_key."
+        )
+    return key
 
 
 class Watch:
@@ -205,24 +229,35 @@ class Watch:
     def __init__(self, panels: Sequence[Panel], source: Source) -> None:
         self.panels, self.source = panels, source
         self.count = len(expressions(panels))
-        self.points: deque[tuple[float, Values]] = deque(maxlen=SHOWN_S)
-        self.fault = ""
+        # Both in one, and replaced, never changed: whoever reads it while another
+        # thread looks gets a fault and the points that it is about.
+        self.shown: tuple[list[tuple[float, Values]], str] = [], ""
         self.epoch = time.time() - time.monotonic()  # so that times only ascend
+
+    @property
+    def points(self) -> list[tuple[float, Values]]:
+        """When, and the values then, oldest first."""
+        return self.shown[0]
+
+    @property
+    def fault(self) -> str:
+        """What is wrong now, or ""."""
+        return self.shown[1]
 
     def begin(self) -> None:
         """Take what the source knows already."""
         with suppress(SourceError):  # the first look says it
-            self.points.extend(self.source.past(SHOWN_S))
+            self.shown = self.source.past(SHOWN_S), ""
 
     def look(self) -> None:
         """Add a point; without an answer it is a gap, and `fault` says why."""
         try:
             values = self.source.read()
-            self.fault = "" if any(map(math.isfinite, values)) else NOTHING
+            fault = "" if any(map(math.isfinite, values)) else NOTHING
         except SourceError as error:
-            values = [math.nan] * self.count
-            self.fault = str(error)
-        self.points.append((self.epoch + time.monotonic(), values))
+            values, fault = [math.nan] * self.count, str(error)
+        now = self.epoch + time.monotonic(), values
+        self.shown = [*self.points, now][-SHOWN_S:], fault
 
     def current(self) -> list[tuple[Panel, str, list[float]]]:
         """For each curve: its panel, its legend, its values, oldest first."""

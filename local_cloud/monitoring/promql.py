@@ -14,7 +14,6 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import accumulate
 from typing import Any
 
 from local_cloud.monitoring.samples import (
@@ -25,6 +24,7 @@ from local_cloud.monitoring.samples import (
     Series,
     labelled,
 )
+from local_cloud.monitoring.scrape import quantile
 
 __all__ = ["Query", "QueryError", "Samples", "Vector", "labelled"]
 
@@ -242,27 +242,14 @@ def _absent(node: Any, arguments: list[Value]) -> Vector:
 
 
 def _quantile(node: Any, arguments: list[Any]) -> Vector:
-    """`histogram_quantile`: straight lines between the edges of the buckets."""
+    """`histogram_quantile` of each histogram in the vector."""
     q, vector = arguments
-    histograms: dict[Labels, list[tuple[float, float]]] = {}
+    histograms: dict[Labels, dict[float, float]] = {}
     for labels, count in vector.items():
         if (edge := dict(labels).get("le")) is not None:
-            series = histograms.setdefault(_without(labels, NAME, "le"), [])
-            series.append((float(edge), count))
-    return {labels: _within(q, sorted(b)) for labels, b in histograms.items()}
-
-
-def _within(q: float, buckets: list[tuple[float, float]]) -> float:
-    edges, counts = zip(*buckets, strict=True)
-    counts = list(accumulate(counts, max))  # scraped at one moment, but not atomically
-    if len(edges) < 2 or edges[-1] != math.inf or not counts[-1] > 0:
-        return math.nan
-    rank = q * counts[-1]
-    place = bisect_left(counts, rank, 0, len(counts) - 1)
-    if place == len(counts) - 1:  # beyond the last edge nothing is known
-        return edges[-2]
-    low, below = (edges[place - 1], counts[place - 1]) if place else (0.0, 0.0)
-    return low + (edges[place] - low) * ((rank - below) / (counts[place] - below))
+            buckets = histograms.setdefault(_without(labels, NAME, "le"), {})
+            buckets[float(edge)] = count
+    return {labels: quantile(q, buckets) for labels, buckets in histograms.items()}
 
 
 FUNCTIONS: dict[str, Callable[[Any, list[Any]], Value]] = {

@@ -2,8 +2,9 @@
 
 Each pair of windows is tried from both ends: errors a little above its limit must fire
 it at the predicted minute and not one look earlier; a burst must fall silent as soon as
-the short window has forgotten it. Whether such tests would notice a wrong rule is
-itself tested: `mutants.py` bends each threshold, window and operator, one at a time.
+the short window has forgotten it; of a handful of requests none is worth waking for.
+Whether such tests would notice a wrong rule is itself tested: `mutants.py` bends each
+threshold, window and operator, one at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from local_cloud.monitoring.objectives import SLO, Selector, Window, promql_time
-from local_cloud.monitoring.rule_groups import MEMORY_BYTES
+from local_cloud.monitoring.rule_groups import MEMORY_BYTES, alert_name
 from local_cloud.monitoring.stack import need
 
 LOOKS = 4  # at the rules within the short window of a pair
@@ -74,22 +75,23 @@ def _expectation(check: Check) -> dict[str, Any]:
     }
 
 
-def burn_tests(slo: SLO, windows: Sequence[Window], alert: str) -> list[RuleTest]:
-    """Two tests for each pair of windows of one objective's alert."""
-    tests = []
+def burn_tests(slo: SLO, windows: Sequence[Window], least: int) -> list[RuleTest]:
+    """Three tests for each pair of windows of one objective's alert."""
+    alert, tests = alert_name(slo), []
     for window in windows:
         rivals = [w for w in windows if w.severity == window.severity]
         longest_s = max(w.long_s for w in rivals)
         limit = window.burn * slo.budget
-        for what, phases, looks in (
-            ("slow burn", *_slow(window, limit)),
-            ("burst", *_burst(window, limit)),
+        for what, usual, phases, looks in (
+            ("slow burn", TRAFFIC, *_slow(window, limit)),
+            ("burst", TRAFFIC, *_burst(window, limit)),
+            ("few requests", 0.0, *_few(window, least)),
         ):
             step_s = window.short_s / LOOKS
             # Much good traffic just before the window begins: thus no longer window
             # fires in its place. It comes at once, which is all the same to a rate.
             before = 2 * longest_s / step_s
-            history = [(1, before * TRAFFIC, 0.0), (_looks(window), TRAFFIC, 0.0)]
+            history = [(1, before * TRAFFIC, 0.0), (_looks(window), usual, 0.0)]
             start = sum(looks for looks, _, _ in history)
             checks = [
                 Check(alert, window.severity, (start + look) * step_s, fires)
@@ -126,6 +128,16 @@ def _burst(window: Window, limit: float) -> tuple[list[Phase], list[tuple[int, b
     crossed = math.floor(LOOKS * over / (over + under))
     ends = looks + 2 * LOOKS + crossed
     return phases, [(ends, True), (ends + 1, False)]
+
+
+def _few(window: Window, least: int) -> tuple[list[Phase], list[tuple[int, bool]]]:
+    """Nothing but errors, one at a look, and a pause among them: then one too many.
+
+    With the pause they fill more than half of the window, or half of it would do.
+    """
+    pause = _looks(window) - 2 - least
+    phases = [(least // 2, 1.0, 1.0), (pause, 0.0, 0.0), (least - least // 2 + 1, 1, 1)]
+    return phases, [(pause + least, False), (pause + least + 1, True)]
 
 
 def _looks(window: Window) -> int:
@@ -204,8 +216,10 @@ def cause_tests() -> list[RuleTest]:
             for look, fires in looks.items()
         ]
 
-    def one(name: str, checks: list[Check], **series: str) -> RuleTest:
-        labelled = {f'{metric}{{job="api"}}': text for metric, text in series.items()}
+    def one(
+        name: str, checks: list[Check], job: str = "api", **series: str
+    ) -> RuleTest:
+        labelled = {f'{metric}{{job="{job}"}}': t for metric, t in series.items()}
         return RuleTest(name, "causes", minute, labelled, checks)
 
     def failures(metric: str) -> RuleTest:
@@ -214,13 +228,32 @@ def cause_tests() -> list[RuleTest]:
         return one(f"{metric} counts one", checks, **{metric: level((0, 11), (1, 20))})
 
     def apart(seconds: int) -> RuleTest:
-        checks = after("ClockStep", "ticket", m4=False, m5=abs(seconds) > 5)
+        checks = after("ClockSkew", "ticket", m4=False, m5=abs(seconds) > 5)
         text = f"0+60x4 {300 + seconds}+60x5"
         return one(f"a clock {seconds} s apart", checks, host_clock_seconds=text)
+
+    def step(seconds: int) -> RuleTest:
+        seen = abs(seconds) > 5
+        checks = after("ClockStep", "ticket", m9=False, m10=seen, m14=seen, m15=False)
+        text = level((100, 10), (100 + seconds, 20))
+        return one(
+            f"a clock set by {seconds} s", checks, host_clock_offset_seconds=text
+        )
+
+    def drift(of: str) -> RuleTest:
+        looks = {"m10": False, "m20": False, "m21": True}
+        psi, limit = f"model_{of}_drift_psi", f"model_{of}_drift_limit"
+        series = {psi: level((0.25, 11), (0.26, 20)), limit: level((0.25, 31))}
+        return one(
+            f"{of}s drift", after(f"{of.title()}Drift", "ticket", **looks), **series
+        )
 
     limit = MEMORY_BYTES
     grown = f"{limit // 2}+0x120 {limit // 2 + 4 * MIB}+{4 * MIB}x120"
     full = f"{limit}+0x120"
+    once = f"{limit // 2}+0x60 {limit // 2 + 600 * MIB}+{2 * MIB}x30"
+    steps = level(*((1024 * MIB + 64 * MIB * n, 8) for n in range(12)))
+    over = f"{limit // 2}+0x29 {limit}+0x39 {limit * 11 // 10}+0x39"
     return [
         one(
             "a target falls silent",
@@ -249,14 +282,32 @@ def cause_tests() -> list[RuleTest]:
             process_resident_memory_bytes=grown,
         ),
         one(
-            "inputs drift",
-            after("InputDrift", "ticket", m10=False, m20=False, m21=True),
-            model_input_drift_psi=level((0.25, 11), (0.26, 20)),
-            model_input_drift_limit=level((0.25, 31)),
+            "memory that grew once, and then hardly",
+            after("MemoryGrows", "ticket", m70=False, m76=False, m91=False),
+            process_resident_memory_bytes=once,
         ),
+        one(
+            "memory that grew to the limit, then over it",
+            after("MemoryGrows", "ticket", m41=False, m60=False, m79=False, m85=True),
+            process_resident_memory_bytes=over,
+        ),
+        one(
+            "memory that grows by steps, minutes apart",
+            after("MemoryGrows", "ticket", m60=True, m67=True, m74=True),
+            process_resident_memory_bytes=steps,
+        ),
+        one(
+            "memory of another program that grows",
+            after("MemoryGrows", "ticket", m185=False, m200=False),
+            job="prometheus",
+            process_resident_memory_bytes=grown,
+        ),
+        drift("input"),
+        drift("output"),
         failures("alertmanager_notifications_failed_total"),
         failures("prometheus_notifications_errors_total"),
         *(apart(seconds) for seconds in (5, 6, -6)),
+        *(step(seconds) for seconds in (5, 6, -6)),
         one("the watchdog", after("Watchdog", "none", m0=True, m10=True), up="1+0x10"),
     ]
 

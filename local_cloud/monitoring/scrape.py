@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import math
 import time
-import urllib.request
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from urllib.request import OpenerDirector, ProxyHandler, build_opener
 
 Labels = frozenset[tuple[str, str]]
 DEADLINE_S = 5.0
@@ -82,9 +85,14 @@ def scrape(url: str) -> Scrape:
         OSError: it does not answer, or not with 200.
     """
     address = f"{url.rstrip('/')}/metrics"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(address, timeout=DEADLINE_S) as answer:
+    with direct().open(address, timeout=DEADLINE_S) as answer:
         return parse(answer.read().decode(), time.monotonic())
+
+
+@cache
+def direct() -> OpenerDirector:
+    """Opens addresses of this machine: never through a proxy, whatever is set."""
+    return build_opener(ProxyHandler({}))
 
 
 def quantile(q: float, buckets: Mapping[float, float]) -> float:
@@ -93,14 +101,19 @@ def quantile(q: float, buckets: Mapping[float, float]) -> float:
     A guess along a straight line within one bucket; beyond the last finite edge
     nothing is known, and that edge is all it can say. NaN of no values.
     """
-    rank, below, lower = q * max(buckets.values(), default=0.0), 0.0, 0.0
-    for edge, count in buckets.items():
-        if count >= rank and count > below:
-            if math.isinf(edge):
-                return lower
-            return lower + (edge - lower) * (rank - below) / (count - below)
-        below, lower = count, edge
-    return math.nan
+    edges = sorted(buckets)
+    # Scraped at one moment, but not atomically: a count may lag behind one below it.
+    counts = list(accumulate((buckets[edge] for edge in edges), max))
+    if len(edges) < 2 or edges[-1] != math.inf or not counts[-1] > 0:
+        return math.nan
+    rank = q * counts[-1]
+    place = bisect_left(counts, rank, 0, len(counts) - 1)
+    if place == len(counts) - 1:
+        return edges[-2]
+    low, below = (edges[place - 1], counts[place - 1]) if place else (0.0, 0.0)
+    if counts[place] == below:  # q is 0, and so is the first count
+        return math.nan
+    return low + (edges[place] - low) * ((rank - below) / (counts[place] - below))
 
 
 def share_under(limit: float, buckets: Mapping[float, float]) -> float:

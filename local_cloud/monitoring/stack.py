@@ -20,11 +20,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 from urllib.parse import urlencode
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.request import Request
 
 from course.process import Child, ChildError, child, free_port, wait_until
 from local_cloud.monitoring.objectives import INTERVAL_S, promql_time
 from local_cloud.monitoring.receivers import WATCHDOG
+from local_cloud.monitoring.scrape import direct
 
 INSTALL = "apt-get install -y prometheus prometheus-alertmanager"
 # Debian's name first: on other systems the program is called as its project.
@@ -142,8 +143,11 @@ def alertmanager_config(receivers: Iterable[Config], *, scale: float = 1.0) -> C
                     "matchers": [f'alertname="{WATCHDOG}"'],
                     "receiver": "watchdog",
                     "group_wait": "0s",
-                    "group_interval": promql_time(BEAT_S / scale),
-                    "repeat_interval": promql_time(BEAT_S / scale),
+                    # At each interval it repeats what was told longer ago than the
+                    # other, counted from when it was taken: with a minute in both,
+                    # the second would always be a moment too early.
+                    "group_interval": promql_time(BEAT_S / 2 / scale),
+                    "repeat_interval": promql_time(0.9 * BEAT_S / scale),
                 }
             ],
         },
@@ -287,9 +291,8 @@ class Stack:
         return json.loads(self._ask(url))["data"]
 
     def _ask(self, url: str, method: str = "GET") -> bytes:
-        opener = build_opener(ProxyHandler({}))
         try:
-            with opener.open(Request(url, method=method), timeout=10) as answer:
+            with direct().open(Request(url, method=method), timeout=10) as answer:
                 return answer.read()
         except urllib.error.HTTPError as refused:
             words = refused.read().decode("utf-8", "replace").strip()
@@ -313,7 +316,7 @@ class Stack:
 def _ended(running: Child) -> bool:
     """Whether it is gone, or going: its sockets are closed a moment before it is."""
     with suppress(subprocess.TimeoutExpired):
-        running.process.wait(0.2)
+        running.process.wait(2.0)
     return not running.alive
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 import time
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 60  # points of a sparkline
+MOST_SCALE = 300.0
 SCALES = {
     "s": ((1.0, "s"), (1e-3, "ms")),
     "B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")),
@@ -93,6 +95,28 @@ def view(watch: Watch, address: str) -> RichTable:
 def _room() -> int:
     """Columns that are left for the sparklines."""
     return max(10, min(WIDTH, console().width - 55))
+
+
+def scale(text: str) -> float:
+    """How much shorter windows are, from a command line."""
+    number = float(text)
+    if not 0 < number <= MOST_SCALE:
+        raise argparse.ArgumentTypeError(
+            f"expected more than 0 and at most {MOST_SCALE:g} (five minutes are a "
+            f"second then), found {text}"
+        )
+    return number
+
+
+def add_arguments(parser: argparse.ArgumentParser, scale_now: float) -> None:
+    """The options of the lesson: what it does besides its sections."""
+    add = parser.add_argument
+    add("--deploy", action="store_true", help="write deploy/prometheus and grafana")
+    add("--drift", action="store_true", help="with rules for an API that exports it")
+    watch = "the dashboard of an API (METRICS_KEY_FILE: its key) or a Prometheus, live"
+    add("--watch", metavar="URL", help=watch)
+    what = "of its windows: 1 is production's (default: %(default)g)"
+    add("--scale", type=scale, default=scale_now, help=what)
 
 
 def show(url: str, panels: Sequence[Panel], looks: float = math.inf) -> int:

@@ -13,13 +13,16 @@ that waits instead of computing), `loop` (scales by a policy), `regions` (failov
 burst between places), `ray_serve` (the model on a cluster that loses a node; optional).
 
 The rooms of waiting: `jobs` (what a queue can do, and SQLite's), `redis_jobs` (the same
-in Redis), `worker` (lease, do, acknowledge), `jobs_api` (`/v1/jobs`).
+in Redis), `worker` (lease, do, acknowledge), `model_worker` (one with the model, as it
+is deployed), `jobs_api` (`/v1/jobs`).
 
 The rooms of reuse: `cache` (exact answers), `ring` (prefix routing), `semantic` (nearly
 the same question, and why not).
 
-The lesson's trials: `trials` (a day, a stall, a live fleet), `peak` (a peak with and
-without a queue), `reuse` (the caches, measured), `omission` (the stall itself).
+The lesson's trials: `day` (a simulated one, and its costs), `trials` (balancing, a
+stall, a live fleet, two regions), `shapes` (the model, large or many), `peak` (a peak
+with and without a queue), `reuse` (the caches, measured), `omission` (the stall
+itself).
 
 Importing any of them starts nothing.
 """

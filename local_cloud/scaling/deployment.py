@@ -1,4 +1,4 @@
-"""What is deployed: the API's needs, and all files of `deploy/` that follow from them.
+"""What is deployed: what it needs, and all files of `deploy/` that follow from that.
 
 How many replicas there are, and how fast they come and go, is not said here: that are
 the lesson's policies. Nothing of this was ever applied to a cluster.
@@ -6,7 +6,8 @@ the lesson's policies. Nothing of this was ever applied to a cluster.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from local_cloud.scaling import kubernetes
 from local_cloud.scaling.haproxy import HAProxy
 from local_cloud.scaling.kubernetes import Manifest, Workload
 from local_cloud.scaling.policies import Horizontal, Queued
+from local_cloud.scaling.worker import LIMIT_S
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+NAMESPACE = "default"
 API = Workload(
     name="model-api",
     image="model-api",
@@ -26,8 +29,42 @@ API = Workload(
     drain_s=5,
     timeout_s=120,
 )
+WORKER = replace(  # the same model with the same rows, but it fetches its work
+    API,
+    name="model-worker",
+    image="model-worker",
+    port=None,
+    drain_s=0,
+    timeout_s=int(LIMIT_S),  # the jobs at hand are finished
+    command=(
+        *("python", "-m", "local_cloud.scaling.model_worker"),
+        f"redis://{kubernetes.REDIS}/0",
+    ),
+)
 IN_FLIGHT = ("engine_active_rows", "engine_queued_requests")  # as /metrics names them
-STREAM = "{jobs}:priority:0"  # as redis_jobs names it
+STREAMS = ("{jobs}:priority:0",)  # as redis_jobs names them
+NOTES = {
+    "api.yaml": """\
+Expects the image model-api:stable and a Secret `model-api-keys`, whose entry `api_keys`
+holds a key a line.""",
+    "adapter.yaml": """\
+The API tells its metrics to a key with the scope `admin` alone, as soon as it has keys
+at all: give Prometheus one, as docker-compose.yml does. Without it the metric is empty,
+and the HorizontalPodAutoscaler leaves the number of replicas as it is.""",
+    "canary.yaml": f"""\
+The weights split requests, not users: one user meets both versions. Whoever knows the
+user decides by releases.version_for and says so in the header `{kubernetes.TRACK}`:
+canary or stable. It goes before the weights.""",
+    "keda.yaml": """\
+Scales the workers of the queue to zero, not the API, which reads no queue. Expects the
+image model-worker:stable, which deploy/kubernetes/worker.Dockerfile builds, and a Redis
+7 or newer at redis:6379. Jobs get there by RedisJobs.submit.
+
+Jobs of priority 0 wake a worker. Those of 1 to 9 are done, and first, by workers that
+are there, but wake none. Whoever uses them adds both triggers for the stream of each,
+and submits one job: of a stream that never was KEDA cannot read the pending entries,
+and with a reading that fails it does not go to zero.""",
+}
 
 
 def manifests(
@@ -39,7 +76,10 @@ def manifests(
         "api.yaml": kubernetes.service(API, policy),
         "adapter.yaml": [kubernetes.adapter(API, policy, IN_FLIGHT)],
         "canary.yaml": kubernetes.canary(API, new, canary_percent),
-        "keda.yaml": [kubernetes.scaled_object(API, queue, stream=STREAM)],
+        "keda.yaml": [
+            kubernetes.deployment(WORKER),
+            kubernetes.scaled_object(WORKER, queue, streams=STREAMS),
+        ],
     }
 
 
@@ -51,7 +91,9 @@ def balancer(most: int) -> str:
     """
     rows = int(API.environment["ROWS"])
     fleet = HAProxy("queue", slots=rows, silence_s=API.timeout_s)
-    return fleet.deployed(API.name, API.port, most)
+    pods = kubernetes.members(API)["metadata"]["name"]
+    assert API.port
+    return fleet.deployed(f"{pods}.{NAMESPACE}.svc.cluster.local", API.port, most)
 
 
 def write(files: Mapping[str, list[Manifest]], most: int) -> list[Path]:
@@ -59,4 +101,24 @@ def write(files: Mapping[str, list[Manifest]], most: int) -> list[Path]:
     config = DEPLOY / "haproxy" / "haproxy.cfg"
     config.parent.mkdir(exist_ok=True)
     config.write_text(balancer(most), encoding="utf-8")
-    return [*kubernetes.write(DEPLOY / "kubernetes", files), config]
+    return [*kubernetes.write(DEPLOY / "kubernetes", files, NOTES), config]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The lesson's own option: it writes instead of running."""
+    parser.add_argument("--manifests", action="store_true", help="write deploy/ again")
+
+
+def command(
+    manifests: Callable[[], Mapping[str, list[Manifest]]], most: int
+) -> Callable[[argparse.Namespace], int | None]:
+    """What `--manifests` does: write all files and say which; None without it."""
+
+    def wrote(arguments: argparse.Namespace) -> int | None:
+        if not arguments.manifests:
+            return None
+        for path in write(manifests(), most):
+            print(path.relative_to(DEPLOY.parent))
+        return 0
+
+    return wrote

@@ -94,7 +94,7 @@ class Status:
 
 
 class Jobs(Protocol):
-    """What every back end can do. All may raise JobsDown."""
+    """What every back end can do. All may raise JobsDown, or JobsError for good."""
 
     def submit(
         self,
@@ -107,8 +107,9 @@ class Jobs(Protocol):
     ) -> str:
         """Stores a job and gives its id; once it returns, the job is kept.
 
-        The same `key` gives the same job. A job that no worker began within
-        `deadline_s` is expired. Raises BadJob, KeyTaken, QueueFull.
+        The same `key` gives the same job. No try begins later than `deadline_s` from
+        now: a job that then waits for one, be it the first or another, is expired.
+        Raises BadJob, KeyTaken, QueueFull.
         """
         ...
 

@@ -14,6 +14,7 @@ come in the envelope of the model's API. The workers are elsewhere: see `worker`
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Header, Request
@@ -45,6 +46,8 @@ ASK_AGAIN_S, FULL_S, DOWN_S = 1, 5, 2
 BODY_BYTES = MAX_BYTES + 4096  # the payload, and what surrounds it
 BODY_S = 10.0
 
+log = logging.getLogger(__name__)
+
 Key = Annotated[str | None, Header(min_length=1, max_length=MAX_KEY_CHARS)]
 
 
@@ -59,7 +62,7 @@ class Submission(BaseModel):
         None,
         gt=0,
         le=MAX_DEADLINE_S,
-        description="A job that no worker began by then is expired, not done.",
+        description="No try begins later: what then waits for one is expired.",
     )
 
 
@@ -151,6 +154,12 @@ def explain(error: Exception) -> ApiError:
             return ApiError(422, str(error), "idempotency_key_reused")
         case BadJob():
             return ApiError(422, str(error), "invalid_value", param="payload")
+        case JobsError():  # no waiting mends it: its words are for who runs the queue
+            log.error("%s", error)
+            text = (
+                "The queue is not set up right. Nothing was stored: tell who runs it."
+            )
+            return ApiError(500, text, "queue_broken")
     raise error
 
 

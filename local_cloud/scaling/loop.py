@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Self
 
-from local_cloud.scaling.balancer import Balancer, Traffic, checked
+from local_cloud.scaling.balancer import Balancer, BalancerError, Traffic, checked
 from local_cloud.scaling.policies import Autoscaler, Load
 from local_cloud.scaling.replicas import Replica, ReplicaSet
 
@@ -74,7 +74,9 @@ class ControlLoop:
         measure: a replica's metric; None: requests in the system over ready replicas.
         on_tick: called with each tick, in the loop's thread.
 
-    If the policy fails, the replicas stay as they are and go on serving.
+    If the policy fails, the replicas stay as they are and go on serving. A look that
+    the balancer does not answer is left out and counted in `missed`; if a tick has no
+    other, it waits for one.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class ControlLoop:
         self.every_s, self.measure, self.on_tick = every_s, measure, on_tick
         self.history: list[Tick] = []
         self.failure: Exception | None = None
+        self.missed = 0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
@@ -108,10 +111,10 @@ class ControlLoop:
 
     def _run(self) -> None:
         try:
-            last, since = self.balancer.stats(), time.monotonic()
+            last, since = self._look(), time.monotonic()
             while seen := self._sampled():
                 now = time.monotonic()
-                self._tick(now - self._began, now - since, seen, last)
+                self._tick(now - self._began, now - since, seen, last or seen[0])
                 last, since = seen[-1], now
         except Exception as error:  # shown where the block ends
             self.failure = error
@@ -120,10 +123,19 @@ class ControlLoop:
         """What the balancer looked like until the next tick; empty at the end."""
         due, seen = time.monotonic() + self.every_s, []
         while (left_s := due - time.monotonic()) > 0 or not seen:
-            if self._end.wait(max(0.0, min(SAMPLE_S, left_s))):
+            if self._end.wait(min(SAMPLE_S, left_s) if left_s > 0 else SAMPLE_S):
                 return []
-            seen.append(self.balancer.stats())
+            if look := self._look():
+                seen.append(look)
         return seen
+
+    def _look(self) -> Traffic | None:
+        """The balancer now; None if it does not say."""
+        try:
+            return self.balancer.stats()
+        except BalancerError:
+            self.missed += 1
+            return None
 
     def _tick(
         self, time_s: float, took_s: float, seen: list[Traffic], last: Traffic

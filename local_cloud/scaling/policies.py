@@ -1,7 +1,8 @@
-"""What policies see and answer: the seam between a lesson's ideas and the machinery.
+"""What policies see, answer and remember: the seam between ideas and machinery.
 
 The simulator, the control loop, the balancer and the manifests know policies by these
-types alone; the policies themselves are in `scaling_strategies.py`.
+types alone. The policies themselves are in `scaling_strategies.py`; here is what they
+count with and what they keep of the past.
 """
 
 from __future__ import annotations
@@ -60,6 +61,14 @@ class Limit:
     value: int
     period_s: int = 15
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("Pods", "Percent"):
+            raise ValueError(
+                f"Limit: expected the kind Pods or Percent, found {self.kind!r}"
+            )
+        check_whole(self, 0, "value")
+        check_whole(self, 1, "period_s")
+
     def ceiling(self, current: int, change: int) -> int:
         """The most replicas allowed, after a `change` within the period."""
         before = current - change
@@ -84,6 +93,14 @@ class Rules:
 
     window_s: int
     limits: tuple[Limit, ...]
+
+    def __post_init__(self) -> None:
+        check_whole(self, 0, "window_s")
+        if not self.limits:
+            raise ValueError(
+                "Rules: expected at least one limit, found none; to allow no change, "
+                'give Limit("Pods", 0)'
+            )
 
 
 @dataclass
@@ -167,6 +184,64 @@ class Queued(Autoscaler, Protocol):
         ...
 
 
+def filled(load: Load, ratio: float, busy: float) -> tuple[float, int]:
+    """What all replicas together would report, in targets, and how many they are.
+
+    Silent replicas are taken for `busy` before one is removed and for idle before one
+    is added; starting ones for idle before one is added.
+
+    Args:
+        ratio: of the mean of those that reported to the target.
+        busy: of a replica that has all it can do to the target.
+    """
+    total = ratio * (load.ready - load.missing)
+    if ratio > 1:
+        return total, load.ready + load.starting
+    return total + load.missing * busy, load.ready
+
+
+@dataclass
+class Looks:
+    """A reading over time, and its mean over as long a look back as one likes."""
+
+    seen: list[tuple[float, float]] = field(default_factory=list)
+
+    def note(self, now: float, value: float, longest_s: float) -> None:
+        """One more reading; what is older than the longest look is forgotten."""
+        self.seen = [s for s in self.seen if s[0] > now - longest_s]
+        self.seen.append((now, value))
+
+    def mean(self, after: float) -> float:
+        """Of the readings since then."""
+        values = [value for time, value in self.seen if time > after]
+        return sum(values) / len(values)
+
+
+@dataclass
+class Grace:
+    """The last replica goes when nobody has needed it for a while."""
+
+    idle_since: float | None = None
+
+    def step(self, now: float, replicas: int, wanted: int, grace_s: float) -> int:
+        """The replicas to have now, where so many are wanted."""
+        if wanted:
+            self.idle_since = None
+            return wanted
+        if self.idle_since is None:
+            self.idle_since = now
+        return 1 if replicas and now - self.idle_since < grace_s else 0
+
+
+def least_from(loads: Sequence[int], start: int) -> int:
+    """Where the least load is, looking from `start` on and then from the beginning."""
+    least = 0 if 0 in loads else min(loads)
+    try:
+        return loads.index(least, start)
+    except ValueError:  # none from here to the end
+        return loads.index(least)
+
+
 def within(past: list[tuple[float, int]], after: float) -> list[tuple[float, int]]:
     """The entries of a history that are younger than `after`."""
     return [entry for entry in past if entry[0] > after]
@@ -176,8 +251,30 @@ def check_bounds(name: str, target: float, minimum: int, maximum: int) -> None:
     """Raises ValueError for numbers that no fleet can follow."""
     if not (math.isfinite(target) and target > 0):
         raise ValueError(f"{name}: expected a target above 0, found {target}")
-    if not 0 <= minimum <= maximum or maximum < 1:
+    whole = isinstance(minimum, int) and isinstance(maximum, int)
+    if not whole or not 0 <= minimum <= maximum or maximum < 1:
         raise ValueError(
-            f"{name}: expected 0 <= minimum <= maximum and at least 1 replica at most, "
-            f"found minimum {minimum} and maximum {maximum}"
+            f"{name}: expected 0 <= minimum <= maximum, both whole, and at least 1 "
+            f"replica at most, found minimum {minimum} and maximum {maximum}"
         )
+
+
+def check_least(one: object, least: float, *names: str) -> None:
+    """Raises ValueError for a field that is not finite, or below `least`."""
+    for name in names:
+        number = getattr(one, name)
+        if not (math.isfinite(number) and number >= least):
+            raise ValueError(
+                f"{type(one).__name__}: expected {name} of at least {least:g}, found "
+                f"{number}"
+            )
+
+
+def check_whole(one: object, least: int, *names: str) -> None:
+    """The same, of fields that must be whole, too."""
+    check_least(one, least, *names)
+    for name in names:
+        if not isinstance(number := getattr(one, name), int):
+            raise ValueError(
+                f"{type(one).__name__}: expected a whole {name}, found {number}"
+            )

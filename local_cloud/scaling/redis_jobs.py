@@ -30,9 +30,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import ConstantBackoff
+from redis.exceptions import AuthorizationError
 from redis.retry import Retry
 
 from course.process import child, free_port
@@ -45,6 +47,7 @@ from local_cloud.scaling.jobs import (
     STATES,
     Job,
     JobsDown,
+    JobsError,
     Status,
     check,
     check_submission,
@@ -98,7 +101,8 @@ for _, old in ipairs(redis.call('ZRANGEBYSCORE', name .. ':finished', '-inf', no
     'LIMIT', 0, 10)) do
   redis.call('HINCRBY', name .. ':counts', get(old, 'state'), -1)
   local its = get(old, 'key')
-  if its then redis.call('DEL', name .. ':key:' .. its) end
+  its = its and name .. ':key:' .. its
+  if its and redis.call('GET', its) == old then redis.call('DEL', its) end
   redis.call('DEL', hash(old))
   redis.call('ZREM', name .. ':finished', old)
 end
@@ -344,13 +348,30 @@ def _ms(seconds: float) -> int:
 
 @contextmanager
 def _explained(url: str) -> Iterator[None]:
+    """Tells what may be over soon (JobsDown) from what a person has to mend."""
     try:
         yield
-    except redis.RedisError as error:
-        raise JobsDown(
-            f"Expected Redis to answer at {url}, found: {error}. Start it, and call "
-            "again: what was acknowledged is kept."
+    except (redis.AuthenticationError, AuthorizationError) as error:
+        raise JobsError(
+            f"Expected Redis at {shown(url)} to let us in, found: {error}. Put the "
+            "user and password into the URL: redis://user:password@host:port/0."
         ) from error
+    except (redis.ConnectionError, redis.TimeoutError) as error:  # loading, too
+        raise JobsDown(
+            f"Expected Redis to answer at {shown(url)}, found: {error}. Start it, and "
+            "call again: what was acknowledged is kept."
+        ) from error
+    except redis.RedisError as error:
+        raise JobsError(
+            f"Expected Redis at {shown(url)} to do its part, found: {error}. It must "
+            "be 7 or newer, allow scripts to write, and have memory left."
+        ) from error
+
+
+def shown(url: str) -> str:
+    """A URL for an error message: without user, password and options."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 
 @contextmanager

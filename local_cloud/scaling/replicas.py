@@ -22,13 +22,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-from course.process import Child, ChildError, answers, child, free_port, wait_until
-from local_cloud.scaling.balancer import READY, Balancer, BalancerError, checked
+from course.process import Child, answers, child, free_port, wait_until
+from local_cloud.scaling.balancer import READY, Balancer, checked
 
 State = Literal["starting", "ready", "draining", "failed"]
 Command = Callable[[int], Sequence[str]]  # the program and its arguments, for a port
 
 LOOK_S = 0.05  # between two looks at whether the process lives
+DRAIN_LOOK_S = 0.02  # between two looks at whether one that leaves is done
 PROBE_S = 0.5  # between two questions whether it is ready, once it serves
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # before a failed start is tried again
 PROVEN_S = 5.0  # a replica that served for so long did not fail at its start
@@ -75,7 +76,8 @@ class ReplicaSet:
         hang_s: a replica may be silent when asked if it is ready; then it is ended.
         drain_s: a replica that leaves has for what it has begun.
         stop_s: between SIGTERM and SIGKILL.
-        on_change: called with each event, in a thread of the set.
+        on_change: called with each event, in a thread of the set; what it raises
+            becomes an event, "untold".
     """
 
     def __init__(
@@ -230,10 +232,23 @@ class ReplicaSet:
 
     def _live(self, place: Place) -> bool:
         """One replica, from start to end; whether it ever served."""
-        name, port = f"replica-{next(self._ids)}", free_port()
-        url = f"http://127.0.0.1:{port}"
-        place.replica = Replica(name, url, None, "starting")
+        name = f"replica-{next(self._ids)}"
+        place.replica = Replica(name, "", None, "starting")
         self._tell(name, "started")
+        try:
+            why = self._run(place, free_port())
+        except Exception as error:  # `command` may raise anything: the place lives on
+            self._become(place, "failed")
+            self._tell(name, "failed", str(error) or repr(error))
+            return False
+        self._tell(name, why)
+        return True
+
+    def _run(self, place: Place, port: int) -> str:
+        """Its process, from start to end; how it ended."""
+        assert place.replica
+        url = f"http://127.0.0.1:{port}"
+        place.replica = replace(place.replica, url=url)
 
         def settled() -> bool:
             return place.leaving.is_set() or answers(url + READY)
@@ -245,15 +260,8 @@ class ReplicaSet:
             deadline_s=self.ready_s,
             stop_s=self.stop_s,
         )
-        try:
-            with start as running:
-                why = self._serve(place, port, running)
-        except (ChildError, BalancerError, OSError) as error:
-            self._become(place, "failed")
-            self._tell(name, "failed", str(error))
-            return False
-        self._tell(name, why)
-        return True
+        with start as running:
+            return self._serve(place, port, running)
 
     def _serve(self, place: Place, port: int, running: Child) -> str:
         """Through the balancer, until it leaves or fails; says which."""
@@ -273,9 +281,19 @@ class ReplicaSet:
                 running.stop(0)  # what it had begun is sent elsewhere now, not later
         finally:
             if self.balancer:
-                calm = running.alive and not self._ending.is_set()
-                self.balancer.remove(name, deadline_s=self.drain_s if calm else 0)
+                self._leave(self.balancer, name, running)
         return why
+
+    def _leave(self, balancer: Balancer, name: str, running: Child) -> None:
+        """Out of the balancer when it is done; at once if it died or the set ends."""
+        balancer.drain(name)
+        end = time.monotonic() + self.drain_s
+        while (member := balancer.stats().member(name)) and member.in_flight:
+            if not running.alive or time.monotonic() >= end:
+                break
+            if self._ending.wait(DRAIN_LOOK_S):
+                break
+        balancer.remove(name, deadline_s=0)
 
     def _enter(self, place: Place, running: Child) -> None:
         """Ready counts from when requests can come: once the balancer has seen it."""
@@ -318,7 +336,10 @@ class ReplicaSet:
         event = Event(time.monotonic() - self._began, name, what, detail)
         self.events.append(event)
         if self.on_change:
-            self.on_change(event)
+            try:
+                self.on_change(event)
+            except Exception as error:  # who only watches ends no replica
+                self.events.append(replace(event, what="untold", detail=repr(error)))
 
 
 def _serves(place: Place) -> bool:

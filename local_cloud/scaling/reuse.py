@@ -31,10 +31,11 @@ from local_cloud.scaling.ring import Ring, prefix
 from local_cloud.scaling.worker import work
 
 if TYPE_CHECKING:
+    from course.lesson import Run
     from models import Model
 
 CHAT = "/v1/chat/completions"
-RULES = Rules(ttl_s=1.0, jitter=0.0, stale_s=60.0)  # outdated soon
+RULES = Rules(ttl_s=60.0, jitter=0.0, stale_s=60.0)
 WORDS = ("red", "salt", "wind", "moon", "tree", "road", "lamp", "stone")
 
 
@@ -65,13 +66,15 @@ def ask_repeatedly(
 async def _ask_repeatedly(
     app: Any, model: Model, callers: int, tokens: int
 ) -> list[Asked]:
-    cached = CachedApp(app, ResponseCache(RULES), revision=model.revision)
+    now = [0.0]  # the cache's clock stands: what it holds is as old as we say
+    cache = ResponseCache(RULES, clock=lambda: now[0])
+    cached = CachedApp(app, cache, revision=model.revision)
     found = []
     for what, asked in (("none", app), ("empty", cached), ("full", cached)):
         found.append(await _asked(what, asked, model, callers, tokens))
-    await asyncio.sleep(RULES.ttl_s)  # what is kept gets old
+    now[0] += RULES.ttl_s
     found.append(await _asked("outdated", cached, model, callers, tokens))
-    await cached.cache.close()
+    await cache.close()
     return found
 
 
@@ -114,6 +117,15 @@ async def _asked(what: str, app: Any, model: Model, callers: int, tokens: int) -
 def finished(model: Model) -> int:
     """Answers that the engine has ended so far."""
     return sum(model.engine.snapshot().finished.values())
+
+
+def show_asked(
+    run: Run, app: Any, model: Model, callers: int, tokens: int
+) -> list[Asked]:
+    """The same question from many at once, by the state of the cache."""
+    found = ask_repeatedly(app, model, callers, tokens)
+    run.table(asked_table(found))
+    return found
 
 
 def asked_table(found: Sequence[Asked]) -> Table:
@@ -193,6 +205,20 @@ def compare_routing(
     return hits[0], hits[1]
 
 
+def show_routing(
+    run: Run,
+    names: Sequence[str],
+    load: Callable[[], Model],
+    prompts: Sequence[list[int]],
+    warm: int,
+) -> float:
+    """Prompt tokens known, by turns and by prefix; gives the points between them."""
+    turns, routed = compare_routing(names, load, prompts, warm)
+    run.fact("prompt tokens known, by turns", turns, "%")
+    run.fact("prompt tokens known, by prefix", routed, "%")
+    return routed - turns
+
+
 # One false friend.
 
 
@@ -205,6 +231,13 @@ def semantic_table(rates: Sequence[semantic.Rates]) -> Table:
     columns += [("opposites taken for them", "%")]
     pairs = f"{len(semantic.PARAPHRASES)} and {len(semantic.OPPOSITES)} pairs"
     return Table("A semantic cache", columns, rows, f"n = {pairs}")
+
+
+def show_semantic(run: Run, model: Model) -> semantic.Rates:
+    """The table of thresholds; gives the best of them, which is not good."""
+    rates = semantic.trial(semantic.embedder(model.tokenizer))
+    run.table(semantic_table(rates))
+    return max(rates, key=lambda rate: (rate.right, -rate.false))
 
 
 # Jobs, done by whatever does them.
@@ -232,6 +265,16 @@ def done_by(do: Callable[[Any], Any], payloads: Sequence[Any]) -> list[Status]:
     """What became of jobs in a queue that was made for them."""
     with TemporaryDirectory() as folder, SQLiteJobs(Path(folder) / "jobs") as jobs:
         return answered(jobs, do, payloads)
+
+
+def show_jobs(run: Run, do: Callable[[Any], Any], payloads: Sequence[Any]) -> None:
+    """How many were done, and what the last one said."""
+    told = done_by(do, payloads)
+    done = sum(one.state == "done" for one in told)
+    run.fact(
+        "jobs that the real model did",
+        f"{done} of {len(told)}, the last: {told[-1].result!r}",
+    )
 
 
 def ended(jobs: Jobs, ids: Sequence[str]) -> bool:

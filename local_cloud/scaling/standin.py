@@ -75,7 +75,8 @@ class StandIn:
         self.inside += 1
         try:
             async with self.slots:
-                if self.options.broken:
+                chance = self.draw.random
+                if self.options.broken or chance() < self.options.failing:
                     await answer(send, 500, JSON, '{"error":"broken on purpose"}')
                     return
                 await self.serve(asked, send)
@@ -141,10 +142,13 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--start-s", type=float, default=0.0, help="until it is ready")
     parser.add_argument("--health-ms", type=float, default=0.0, help="to say so")
     parser.add_argument("--broken", action="store_true", help="never ready, only 500")
+    parser.add_argument("--failing", type=float, default=0.0, help="a share: 500")
     parser.add_argument("--seed", type=int)
     options = parser.parse_args(argv)
     if options.slots < 1:
         parser.error(f"expected at least 1 slot, found {options.slots}")
+    if not 0 <= options.failing <= 1:
+        parser.error(f"expected a share from 0 to 1, found {options.failing}")
     return options
 
 

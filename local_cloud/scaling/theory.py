@@ -103,6 +103,17 @@ def power_of_choices(rho: float, mean: float, choices: int = 2) -> float:
     return total * mean / rho
 
 
+def known(rho: float, mean: float, servers: int) -> dict[str, float | None]:
+    """The mean stay by way of balancing; nobody has a formula for them all."""
+    return {
+        "random": power_of_choices(rho, mean, 1),
+        "round robin": round_robin(rho, mean, servers),
+        "power of two": power_of_choices(rho, mean, 2),  # of infinitely many
+        "least connections": None,
+        "central queue": mean + mmc_wait(servers, rho * servers, mean),
+    }
+
+
 def che_hit_rates(popularity: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     """How often each item is found in an LRU cache of `size`, for independent requests.
 

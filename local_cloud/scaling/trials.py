@@ -1,8 +1,9 @@
-"""The lesson's traffic, and its live trial: real processes behind a balancer.
+"""The lesson's trials of balancing: in virtual time, and with real processes.
 
 `live` lets a policy scale replicas behind a balancer while the load rises and falls,
-and plays the same requests to the simulator. `a_day` is the traffic of a simulated day,
-`one_stall` the experiment with coordinated omission.
+and plays the same requests to the simulator. `balance` plays one load to each way of
+choosing a replica. `one_stall` is the experiment with coordinated omission, `failover`
+that with two regions.
 
 The replicas are stand-ins, which wait where a GPU would work. Everything else is real.
 """
@@ -10,10 +11,8 @@ The replicas are stand-ins, which wait where a GPU would work. Everything else i
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -40,11 +39,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from course.lesson import Run
-    from models import Model
 
 PATH = "/v1/chat/completions"
 SEED = 1
 STEADY = 0.9  # busier than this, a queue takes longer to settle than the trial lasts
+
+
+@dataclass(frozen=True)
+class SteadyFleet:
+    """Replicas that never change, each loaded alike: what theory has formulas for."""
+
+    replicas: int
+    rho: float  # load of each
+    mean_s: float  # a request takes
+
+    def known_s(self) -> dict[str, float | None]:
+        """What theory says of the mean stay, by way of balancing."""
+        return theory.known(self.rho, self.mean_s, self.replicas)
 
 
 def one_queue(picker: Picker, slots: int, queue_s: float = 30.0) -> Balancer:
@@ -70,48 +81,37 @@ async def send_all(url: str, bodies: list[Any], due: list[float]) -> list[Outcom
         )
 
 
-# A day, and a stall.
+# One load by each way of choosing.
 
 
-def a_day(rng: np.random.Generator, day_s: float) -> traffic.Floats:
-    """Few requests at midnight, many at noon, and bursts at any hour."""
-    calm = traffic.daily(rng, 1, 20, day_s)
-    burst = traffic.bursts(rng, 0, 20, 1770, 30, day_s)
-    return np.sort(np.concatenate([calm, burst]))
+def balance(
+    run: Run,
+    pickers: Mapping[str, Callable[[], Picker | None]],
+    fleet: SteadyFleet,
+    requests: int,
+) -> dict[str, float]:
+    """The same requests by each way, beside theory; gives the mean stays in ms."""
+    rng = np.random.default_rng(SEED)
+    steady = fleet.replicas, fleet.rho, fleet.mean_s
+    drawn = traffic.steady(rng, *steady, requests)
+    known, rows, means = fleet.known_s(), [], {}
+    with run.progress("balancing", len(pickers)) as advance:
+        for name, make in pickers.items():
+            trace = simulate(*drawn, Fleet(fleet.replicas), make())
+            trace = trace.after(requests // 2)
+            means[name] = 1000 * trace.mean_s
+            formula = known[name]
+            p95 = 1000 * trace.quantile(0.95)
+            rows.append([name, formula and 1000 * formula, means[name], p95])
+            advance()
+    columns = ["who gets it", ("theory", "ms"), ("simulation", "ms"), ("p95", "ms")]
+    note = f"{fleet.replicas} replicas, {fleet.rho:.0%} load, "
+    note += f"{1000 * fleet.mean_s:g} ms; n = {requests:,}, the first half not counted"
+    run.table(Table("From arrival to end, mean", columns, rows, note))
+    return means
 
 
-def draw_day(
-    arrivals: traffic.Floats,
-    service_s: float,
-    traces: Mapping[str, Trace],
-    axes: Axes,
-) -> None:
-    """Replicas over the day beside the work that came."""
-    edges = np.arange(0, arrivals[-1] + 60, 60)
-    work = np.histogram(arrivals, edges)[0] / 60 * service_s
-    axes.fill_between(edges[:-1] / 3600, work, color="#dddddd", label="work (Erlang)")
-    for (name, trace), colour in zip(traces.items(), draw.COLOURS, strict=False):
-        hours = [tick.load.time_s / 3600 for tick in trace.ticks]
-        ready = [tick.load.ready for tick in trace.ticks]
-        axes.step(hours, ready, label=name, color=colour, linewidth=1.2)
-    axes.set_title("Replicas that serve")
-    axes.set_xlabel("time (h)")
-    axes.set_ylabel("replicas")
-    axes.set_ylim(0, 46)
-    axes.legend(loc="upper right", ncols=3)
-
-
-def day_table(fleets: Mapping[str, Trace], costs: Sequence[float]) -> Table:
-    """What each fleet made of the day; `costs` in dollars for 1,000 requests."""
-    rows: list[list[Cell]] = []
-    for (name, trace), cost in zip(fleets.items(), costs, strict=True):
-        mean = trace.replica_s / float(trace.ends.max())
-        times = trace.quantile(0.5), trace.quantile(0.95)
-        rows.append([name, mean, 100 * trace.utilisation, *times, cost])
-    columns = ["fleet", ("replicas, mean", ""), ("busy", "%"), ("p50", "s")]
-    columns += [("p95", "s"), ("1,000 requests", "$")]
-    count = len(next(iter(fleets.values())).arrivals)
-    return Table("A day", columns, rows, f"simulated; n = {count:,} requests")
+# A stall.
 
 
 def one_stall(stall_s: float) -> list[Row]:
@@ -222,6 +222,15 @@ def started_s(replicas: ReplicaSet) -> float:
     return fmean(took)
 
 
+def show_live(run: Run, hpa: Autoscaler, picker: Picker, wave: Wave) -> None:
+    """Real processes behind a real balancer; then the same, simulated."""
+    run.say(f"Now live: each replica is a process that {standin.NOTICE}.")
+    with run.progress("load rises and falls"):
+        found = live(hpa, picker, wave)
+    run.table(live_table(found))
+    run.picture(partial(draw_live, found), "live", panels=3, size=(12, 4.6))
+
+
 def live_table(found: Live) -> Table:
     """The real fleet beside the simulated one."""
     rows: list[list[Cell]] = []
@@ -302,45 +311,6 @@ def by_second(times: Any, stays: Any) -> tuple[list[float], list[float]]:
     return [one + 0.5 for one in there], means
 
 
-# One large replica or several small ones.
-
-
-def tokens_per_s(load_model: Callable[[], Model], replicas: int) -> float:
-    """What so many engines answer together, asked eight things at once."""
-    from models import Sampling
-
-    few, count = Sampling(max_tokens=24), 8
-    with ExitStack() as stack:
-        engines = [stack.enter_context(load_model()) for _ in range(replicas)]
-        for engine in engines:
-            engine.generate("Hi", few)  # warm
-
-        def ask(number: int) -> int:
-            engine = engines[number % replicas]
-            return engine.generate(f"Tell me of {number}.", few).completion_tokens
-
-        began = time.perf_counter()
-        with ThreadPoolExecutor(count) as callers:
-            tokens = sum(callers.map(ask, range(count)))
-        return tokens / (time.perf_counter() - began)
-
-
-def shapes_table(device: str) -> Table:
-    """Vertical (more threads) against horizontal (more replicas), on the real model.
-
-    Beyond the cores more replicas add nothing: a core cannot be in two places.
-    """
-    import models
-
-    rows: list[list[Cell]] = []
-    for replicas, threads in ((1, 1), (1, 2), (2, 1), (4, 1)):
-        load = partial(models.load, device, rows=4, context=512, threads=threads)
-        rows.append([replicas, threads, tokens_per_s(load, replicas)])
-    columns = ["replicas", "threads of each", ("together", "tokens/s")]
-    note = f"8 callers at once, n = 1; this machine has {os.cpu_count()} cores"
-    return Table("Vertical or horizontal", columns, rows, note)
-
-
 # Two regions.
 
 
@@ -373,9 +343,13 @@ def failover(round_trip_s: float, seconds: float = 2.0) -> Failover:
     """
     due = load.constant_arrivals(40, seconds)
     bodies = [{"service_ms": 20}] * len(due)
+
+    def command(port: int) -> list[str]:
+        return standin.command(port, "--slots", "8")  # so that nobody queues
+
     with (
-        region("near", standin.command, replicas=1) as near,
-        region("far", standin.command, replicas=1, round_trip_s=round_trip_s) as far,
+        region("near", command, replicas=1) as near,
+        region("far", command, replicas=1, round_trip_s=round_trip_s) as far,
         front([near, far]) as door,
     ):
 

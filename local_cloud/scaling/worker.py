@@ -9,6 +9,7 @@ bounds it, after which the next worker gets it, and after `max_tries` it is dead
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -18,13 +19,22 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from local_cloud.scaling.jobs import BadJob, Job, Jobs, JobsDown, LeaseLost
+from local_cloud.scaling.jobs import (
+    BadJob,
+    Job,
+    Jobs,
+    JobsDown,
+    JobsError,
+    LeaseLost,
+)
 
 LEASE_S = 10.0
 LIMIT_S = 600.0
 POLL_S = 0.02  # an empty queue is asked again: one look-up in an index
 DOWN_S = 0.25  # a back end that is gone
 RETRY_S, MAX_RETRY_S = 1.0, 60.0  # before the second try, and at most
+
+log = logging.getLogger(__name__)
 
 
 def work(
@@ -44,15 +54,24 @@ def work(
             job's failure: it is tried again after `retry_s`, then twice that, and so
             on, until it is dead.
         worker: a name; host and process unless given.
+
+    While the back end is down it goes on asking. What waiting does not mend (a wrong
+    password, a Redis without memory) is raised as JobsError.
     """
     worker = worker or f"{socket.gethostname()}-{os.getpid()}"
-    done = 0
+    done, down = 0, False
     while not stop.is_set():
         try:
             job = jobs.lease(worker, lease_s)
-        except JobsDown:
+        except JobsDown as error:
+            if not down:  # once, not four times a second
+                log.warning("%s waits. %s", worker, error)
+            down = True
             stop.wait(DOWN_S)
             continue
+        if down:
+            log.warning("%s goes on: the queue is back.", worker)
+        down = False
         if job is None:
             stop.wait(POLL_S)
             continue
@@ -104,10 +123,10 @@ def _extended(jobs: Jobs, job: Job, lease_s: float, limit_s: float) -> Iterator[
         while not over.wait(lease_s / 3) and time.monotonic() < end:
             try:
                 jobs.extend(job, lease_s)
-            except LeaseLost:
-                return
             except JobsDown:
                 continue
+            except JobsError:  # lost; or broken for good, as the answer will say
+                return
 
     thread = threading.Thread(target=beat, name="lease", daemon=True)
     thread.start()

@@ -17,15 +17,19 @@
     jobs           jobs a second on SQLite and Redis, and in a storm of kills
     cache          an exact cache, prefix routing, a semantic cache's false hits
     ray            the model on two nodes with Ray Serve, one of them killed (optional)
-    drill          faults on purpose: when somebody was due to hear, and did
     omission       what a closed loop does not see
     telemetry      what metrics, logs and traces cost a request
     drill          faults injected: when the alarm was due, and when it came
     lessons        all six lessons, and what they leave behind
+    watch          what a learner waits for from a save to its verdict
+    learner        a learner's path: from a bundle to the first solved exercise
 
 Each prints its tables and ends with 0, whatever the figures are: a figure is no test.
-All take `--quick` and `--json PATH`, and say in `--help` how long they run. None is
-part of the tests, because a test must not depend on how busy the machine is.
+(`lessons` and `learner` end with 1 where a command failed or something is left behind,
+`drill` and `telemetry` where a figure is beyond its bar.)
+They take `--quick` and `--json PATH`, and say in `--help` how long they run; `watch`
+and `learner` do neither. None is part of the tests, because a test must not depend on
+how busy the machine is.
 """
 
 AFTER_LESSONS = 100  # their place in the report

@@ -4,20 +4,24 @@ The replicas are stand-ins that wait a service time instead of computing, so tha
 cores hold eight of them. Every policy gets the same requests at the same moments with
 the same service times, and the simulator gets them too; theory knows only their rates.
 
-Run it:     python -m tests.benchmarks.balancer [--quick]     six minutes, or one
+The last section has no stand-ins: two processes of the real API answer, and one of them
+is killed.
+
+Run it:     python -m tests.benchmarks.balancer [--quick]     seven minutes, or one
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -26,20 +30,26 @@ from course.load import Outcome
 from course.measure import Series
 from course.process import Child, child, free_port, wait_until
 from course.show import Cell, Table
-from local_cloud.scaling import standin, theory
+from local_cloud.scaling import standin, theory, traffic
 from local_cloud.scaling.balancer import Balancer, wait_up
 from local_cloud.scaling.haproxy import HAProxy
 from local_cloud.scaling.policies import Picker
 from local_cloud.scaling.proxy import Proxy
 from local_cloud.scaling.replicas import ReplicaSet
 from local_cloud.scaling.simulator import Fleet, simulate
+from local_cloud.scaling.traffic import Floats
 from scaling_strategies import LeastConnections, PowerOfTwo, RoundRobin
+from serving.service import MODEL_NAME
 from tests.benchmarks import AFTER_LESSONS
 
 PATH = "/v1/chat/completions"
-SERVERS, MEAN_S, RHO = 8, 0.05, 0.9
+# At 90 % a queue of one server takes 19 s to forget that it was empty, at 80 % 4.5 s:
+# within the first quarter of a long run, which is not counted.
+SERVERS, MEAN_S, RHO = 8, 0.05, 0.8
 LONG_S, QUICK_S = 20.0, 5.0  # of traffic, each policy and turn
+UNCOUNTED = 1 / 4
 TURNS, QUICK_TURNS = 3, 1
+API_RATE, API_TOKENS = 2.0, 16  # requests a second to two real models, and answers
 NOTE = f"each replica {standin.NOTICE}"
 
 
@@ -80,28 +90,44 @@ POLICIES = [
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """The same requests for all: when each is due, and how long it takes."""
+class Requests:
+    """The same for all: when each is due, and how long it takes."""
 
-    due: list[float]
-    services: list[float]
+    due: Floats
+    services: Floats
 
     @classmethod
-    def drawn(cls, seconds: float, seed: int) -> Traffic:
-        due = load.poisson_arrivals(LOAD / MEAN_S, seconds, seed)
-        draw = random.Random(seed)
-        return cls(due, [draw.expovariate(1 / MEAN_S) for _ in due])
+    def drawn(cls, seconds: float, seed: int) -> Requests:
+        rng = np.random.default_rng(seed)
+        count = round(seconds * LOAD / MEAN_S)
+        return cls(*traffic.steady(rng, SERVERS, RHO, MEAN_S, count))
+
+    @property
+    def uncounted(self) -> int:
+        """So many came first, when the queues had not settled."""
+        return int(UNCOUNTED * len(self.due))
 
     def simulated_s(self, policy: Policy) -> float:
         """The mean time in the system that these requests have in virtual time."""
-        arrays = np.array(self.due), np.array(self.services)
-        return simulate(*arrays, Fleet(SERVERS), policy.picker()).mean_s
+        trace = simulate(self.due, self.services, Fleet(SERVERS), policy.picker())
+        return trace.after(self.uncounted).mean_s
 
 
 def send_all(
     url: str,
     due: Sequence[float],
     services: Sequence[float],
+    *acts: tuple[float, Callable[[], object]],
+) -> list[Outcome]:
+    """Open-loop traffic of these service times; see `send_bodies`."""
+    bodies = [{"service_ms": 1000 * service} for service in services]
+    return send_bodies(url, due, bodies, *acts)
+
+
+def send_bodies(
+    url: str,
+    due: Sequence[float],
+    bodies: Sequence[Mapping[str, Any]],
     *acts: tuple[float, Callable[[], object]],
 ) -> list[Outcome]:
     """Open-loop traffic, and what happens meanwhile: (seconds, function)."""
@@ -114,8 +140,7 @@ def send_all(
         async with load.client(url) as http, asyncio.TaskGroup() as group:
 
             async def send(index: int) -> Outcome:
-                body = {"service_ms": 1000 * services[index]}
-                return await load.post(http, PATH, body)
+                return await load.post(http, PATH, bodies[index])
 
             for one in acts:
                 group.create_task(act(*one))
@@ -152,24 +177,26 @@ def compare_policies(run: lesson.Run) -> None:
     ):
         ports = [int(r.url.rpartition(":")[2]) for r in replicas.wait(SERVERS)]
         for turn in range(turns):
-            traffic = Traffic.drawn(seconds, seed=turn)
+            requests = Requests.drawn(seconds, seed=turn)
             for policy in POLICIES[:: 1 if turn % 2 else -1]:
-                outcomes = through(policy, ports, traffic)
+                outcomes = through(policy, ports, requests)
                 failed += sum(not outcome.ok for outcome in outcomes)
-                told[policy.name].append([o.total_s for o in outcomes if o.ok])
-                simulated[policy.name].append(traffic.simulated_s(policy))
+                counted = outcomes[requests.uncounted :]
+                told[policy.name].append([o.total_s for o in counted if o.ok])
+                simulated[policy.name].append(requests.simulated_s(policy))
                 advance()
     show_policies(run, told, simulated, failed)
 
 
-def through(policy: Policy, ports: Sequence[int], traffic: Traffic) -> list[Outcome]:
-    """The traffic through a fresh HAProxy of this policy."""
+def through(policy: Policy, ports: Sequence[int], requests: Requests) -> list[Outcome]:
+    """The requests through a fresh HAProxy of this policy."""
     with HAProxy(policy.haproxy, slots=policy.slots, slow_start_s=0) as balancer:
         names = [f"replica-{port}" for port in ports]
         for name, port in zip(names, ports, strict=True):
             balancer.add(name, "127.0.0.1", port)
         wait_up(balancer, names)
-        return send_all(balancer.url, traffic.due, traffic.services)
+        due, services = requests.due.tolist(), requests.services.tolist()
+        return send_all(balancer.url, due, services)
 
 
 def show_policies(
@@ -194,7 +221,8 @@ def show_policies(
         f"{SERVERS} replicas, rho {RHO}, exponential service of {MEAN_S * 1000:.0f} ms"
     )
     note = (
-        f"{NOTE}; simulated: the same requests in virtual time; theory of two: for "
+        f"{NOTE}; the first quarter is not counted; simulated: the same requests in "
+        "virtual time; theory of two: for "
         "infinitely many replicas, and HAProxy may draw the same one twice"
     )
     run.table(Table(title, columns, rows, note))
@@ -310,9 +338,77 @@ def until_down(
     return time.perf_counter() - began
 
 
+def real_models(run: lesson.Run) -> None:
+    """Two processes of the real API behind HAProxy; one is killed halfway."""
+    run.predict("No request fails; until the killed one is back, answers take longer.")
+    seconds = 10.0 if run.quick else 30.0
+    with (
+        HAProxy() as balancer,
+        ReplicaSet(api, balancer=balancer, least=2, most=2, ready_s=180) as replicas,
+    ):
+        names = [replica.id for replica in replicas.wait(2, deadline_s=200)]
+        due = load.poisson_arrivals(API_RATE, seconds, seed=1)
+        killed_s = seconds / 2
+        outcomes = ask_all(
+            balancer.url, due, (killed_s, lambda: replicas.kill(names[0]))
+        )
+        replicas.wait(2, deadline_s=200)
+        back_s = served_again(replicas)
+        retried = balancer.stats().retried
+    rows: list[list[Cell]] = []
+    for what, low, high in (
+        ("both serve", 0.0, killed_s),
+        ("after the kill", killed_s, seconds),
+    ):
+        some = [o for o in outcomes if low <= o.due_s < high]
+        total = Series(tuple(1000 * o.total_s for o in some))
+        failed = sum(not o.ok for o in some)
+        rows.append([what, len(some), failed, total.median, total.max])
+    columns = ["when", ("requests", ""), ("failed", ""), ("median", "ms")]
+    columns += [("slowest", "ms")]
+    note = f"the real model, {API_TOKENS} tokens, {API_RATE:g} requests/s; "
+    note += f"{retried} sent again"
+    run.table(Table("Two replicas of model_api.py, one killed", columns, rows, note))
+    run.conclude(
+        f"Of {len(outcomes)} requests {sum(not o.ok for o in outcomes)} failed; the "
+        f"killed replica's successor served {back_s:.1f} s after the kill."
+    )
+
+
+def api(port: int) -> list[str]:
+    """The real API on a port."""
+    return [sys.executable, "model_api.py", "--serve", "--port", str(port)]
+
+
+def ask_all(
+    url: str, due: Sequence[float], *acts: tuple[float, Callable[[], object]]
+) -> list[Outcome]:
+    """Questions to the real model, open loop, and what happens meanwhile."""
+    bodies = [
+        {
+            "model": MODEL_NAME,
+            "messages": [{"role": "user", "content": f"Tell me of {number}."}],
+            "max_tokens": API_TOKENS,
+        }
+        for number in range(len(due))
+    ]
+    return send_bodies(url, due, bodies, *acts)
+
+
+def served_again(replicas: ReplicaSet) -> float:
+    """Seconds from the crash to the successor's first being ready."""
+    crashed = next(e.time_s for e in replicas.events if e.what == "crashed")
+    return next(
+        e.time_s - crashed
+        for e in replicas.events
+        if e.what == "ready" and e.time_s > crashed
+    )
+
+
 SECTIONS = [
     lesson.Section("Policies", compare_policies),
     lesson.Section("Accidents", accidents),
+    lesson.Section("Real models", real_models),
 ]
 
 

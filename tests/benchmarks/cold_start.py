@@ -9,6 +9,11 @@ Run it:     python -m tests.benchmarks.cold_start [--quick]        about a minut
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import serverless_deployment as function
@@ -16,7 +21,7 @@ from course import lesson
 from course.measure import Series
 from course.show import Cell, Table
 from local_cloud.functions import Function, Platform, cold_starts
-from local_cloud.functions.cold_starts import Call
+from models import build
 from tests.benchmarks import AFTER_LESSONS
 
 TURNS, QUICK_TURNS = 9, 3
@@ -25,6 +30,7 @@ EVENT = {"prompt": "Name a colour.", "max_tokens": 1}
 TUNED_BAR, RESTORE_BAR_MS, RESTORE_BAR, PRIVATE_BAR_MB = 1.8, 4.0, 70, 6.0
 BURST_BAR_MS = 250.0
 NAIVE, TUNED, SNAPSHOT = "naive", "tuned", "snapshot"
+READ_ONLY = "read-only"
 PROVISIONED, WARM, SECOND = "provisioned", "keep-warm", "keep-warm-second"
 
 
@@ -67,6 +73,27 @@ def openings(run: lesson.Run) -> None:
     )
 
 
+@contextmanager
+def read_only() -> Iterator[Path]:
+    """The model's folder as a zip on Lambda has it: it can be read, nothing packed.
+
+    Raises:
+        OSError: mounting it takes root.
+    """
+    files = build.ensure("int4")
+    with TemporaryDirectory() as folder:
+        for path in (files.graph, files.graph.with_suffix(".json"), files.tokenizer):
+            (Path(folder) / path.name).symlink_to(path)
+        mount = ["mount", "--bind", "-o", "ro", folder, folder]
+        told = subprocess.run(mount, capture_output=True, text=True)
+        if told.returncode:
+            raise OSError(told.stderr.strip())
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+
 def first_calls(run: lesson.Run) -> None:
     """What the first caller waits for, by strategy."""
     turns = QUICK_TURNS if run.quick else TURNS
@@ -76,7 +103,15 @@ def first_calls(run: lesson.Run) -> None:
         deployed(SNAPSHOT, snapshot=True),
         deployed(PROVISIONED, provisioned=1),
     ]
-    with Platform() as cloud:
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(read_only())
+        except OSError as refused:
+            run.skip(f"{READ_ONLY}: {refused}", "run it as root")
+        else:
+            environment = {**function.ENVIRONMENT, "MODEL_DIR": str(folder)}
+            functions.insert(2, deployed(READ_ONLY, environment=environment))
+        cloud = stack.enter_context(Platform())
         run.say(f"Limits by {cloud.kind}.")
         told = cold_starts.first_calls(cloud, functions, EVENT, turns=turns)
         kept = deployed(WARM, keep_alive_s=300.0)
@@ -86,12 +121,18 @@ def first_calls(run: lesson.Run) -> None:
     answers = {call.answer["text"] for calls in told.values() for call in calls}
     if len(answers) != 1:
         raise ValueError(f"Expected one and the same answer, found {answers}.")
-    rows: list[list[Cell]] = [[name, *_row(calls)] for name, calls in told.items()]
+    rows: list[list[Cell]] = [
+        [name, *cold_starts.figures(calls), max(call.memory_mb for call in calls)]
+        for name, calls in told.items()
+    ]
     columns = ["strategy", ("whole call, median", "ms"), ("spread", "ms")]
-    columns += [("init or restore", "ms"), ("billed", "ms"), ("memory", "MB"), "n"]
-    note = "keep-warm-second: the slower of two at once. All gave the same answer."
+    columns += [("init or restore", "ms"), ("billed", "ms"), "n", ("memory", "MB")]
+    note = (
+        "read-only: tuned, but MODEL_DIR cannot be written, as on Lambda. "
+        "keep-warm-second: the slower of two at once. All gave the same answer."
+    )
     run.table(Table("The first call", columns, rows, note))
-    ready = {name: _ready(calls).median for name, calls in told.items()}
+    ready = {name: cold_starts.ready_ms(calls) for name, calls in told.items()}
     run.conclude(
         f"Tuned starts {ready[NAIVE] / ready[TUNED]:.1f} times faster than naive "
         f"(bar: {TUNED_BAR}); a restore takes {ready[SNAPSHOT]:.1f} ms "
@@ -100,21 +141,11 @@ def first_calls(run: lesson.Run) -> None:
     )
 
 
-def _row(calls: list[Call]) -> list[Cell]:
-    total = Series(tuple(call.total_ms for call in calls))
-    billed = Series(tuple(call.billed_ms for call in calls)).median
-    memory = max(call.memory_mb for call in calls)
-    return [total.median, total.spread, _ready(calls).median, billed, memory, total.n]
-
-
-def _ready(calls: list[Call]) -> Series:
-    return Series(tuple(call.ready_ms for call in calls))
-
-
 def clones(run: lesson.Run) -> None:
     """The memory of fresh clones, and sixteen callers at once."""
     turns = QUICK_TURNS if run.quick else TURNS
     bursts: list[float] = []
+    cold = 0
     with Platform() as cloud:
         with cold_starts.clones(cloud, deployed("fresh"), 4) as fresh:
             private = max(cold_starts.private_mb(one.pid) for one in fresh)

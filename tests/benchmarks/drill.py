@@ -3,7 +3,9 @@
 Two minutes of good traffic first, which must page nobody and become the history of all
 objectives. Then errors, latency, drift, a leak and a blip at one time, each behind an
 edge and under a job of its own; then a server that is stopped; then one that is
-overloaded. At scale 60: a minute of production passes in a second.
+overloaded. At scale 60: a minute of production passes in a second. Before all this,
+how long promtool takes for the rules of production. It ends with 1 where a figure is
+beyond its bar.
 
 Run it:     python -m tests.benchmarks.drill                  about six minutes
             python -m tests.benchmarks.drill --quick          four and a half
@@ -23,7 +25,9 @@ from typing import Any
 
 import monitoring_setup as course
 from course import lesson
-from local_cloud.monitoring import drill, stack
+from course.measure import Series
+from course.show import Table
+from local_cloud.monitoring import drill, rule_tests, stack
 from local_cloud.monitoring.drift import DriftCollector, Watch
 from local_cloud.monitoring.ground import (
     LEAK_MIB_S,
@@ -33,6 +37,7 @@ from local_cloud.monitoring.ground import (
 from local_cloud.monitoring.rule_groups import MEMORY_BYTES
 from local_cloud.monitoring.scrape import scrape
 from tests.benchmarks import AFTER_LESSONS
+from tests.benchmarks.bars import Bars
 
 SCALE = 60.0
 RATE = 2.0  # requests a second on each of the edges
@@ -44,6 +49,8 @@ DELAY_S = 3.0  # more than the 2.5 s within which first tokens are promised
 MIB = 1 << 20
 DRIFT_JOB = "drift-watch"
 SEED = 1
+PROMTOOL_S, PROMTOOL_ROUNDS = 10.0, 3
+BARS = Bars()
 
 
 class Prompts:
@@ -167,6 +174,30 @@ def later_faults(ground: Ground) -> Iterator[Any]:
     )
 
 
+def rules_tried(run: lesson.Run) -> None:
+    """promtool, with all tests of the rules of production."""
+    if missing := stack.found():
+        raise lesson.Skip(missing, stack.INSTALL)
+    run.predict(f"All of them take less than {PROMTOOL_S:g} s.")
+    tests, times = course.rule_tests(), []
+    own = [(g, [t for t in tests if t.group == g["name"]]) for g in course.groups()]
+    for _ in range(PROMTOOL_ROUNDS):
+        began = time.perf_counter()
+        outcomes = rule_tests.run(own)
+        times.append(time.perf_counter() - began)
+    told = Series(tuple(times))
+    columns = ["promtool", "tests", ("median", "s"), ("spread", "s"), "n"]
+    row = ["rules of production", len(tests), told.median, told.spread, told.n]
+    run.table(Table("The rules' own tests", columns, [row]))
+    failed = sum(not outcome.passed for outcome in outcomes)
+    BARS.most("groups of rules that promtool objects to", failed, 0)
+    BARS.most("promtool", told.median, PROMTOOL_S, "s")
+    run.conclude(
+        f"{len(tests)} tests take {told.median:.1f} s (bar: {PROMTOOL_S:g}); {failed} "
+        "groups fail theirs (bar: 0)."
+    )
+
+
 def whole_drill(run: lesson.Run) -> None:
     """Good traffic, then everything that can go wrong."""
     if not run.arguments.portable and (missing := stack.found()):
@@ -217,24 +248,32 @@ def whole_drill(run: lesson.Run) -> None:
     bad = 1 - untouched.answered / counted
     run.fact("of its requests, answered badly or too late", 100 * bad, "%")
     good = sum(one.good for one in outcomes)
+    BARS.most("faults that did not go as promised", len(outcomes) - good, 0)
+    BARS.most("false pages in good traffic", len(false), 0)
+    BARS.most("pages for the job without a fault", len(clean), 0)
     run.conclude(
         f"{good} of {len(outcomes)} went as promised (bar: all), with {len(false)} "
         f"false pages in {clean_s:g} s of good traffic (bar: 0)."
     )
 
 
-SECTIONS = [lesson.Section("The whole drill", whole_drill)]
+SECTIONS = [
+    lesson.Section("The rules' own tests", rules_tried),
+    lesson.Section("The whole drill", whole_drill),
+]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print the table."""
-    return lesson.run(
+    BARS.missed.clear()
+    code = lesson.run(
         doc=__doc__,
         sections=SECTIONS,
         argv=argv,
         number=AFTER_LESSONS,
         add_arguments=add_arguments,
     )
+    return BARS.code(code)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,8 @@ groups, and files in the repository, in the temporary folder and at home. Images
 meant to stay, so that the next run need not build them; at the end
 `docker_deployment.py --clean` removes them.
 
+It ends with 1 if a lesson failed or something is left behind.
+
 Run it:     python -m tests.benchmarks.lessons [--quick]         some five minutes
 """
 
@@ -71,6 +73,11 @@ def all_lessons(run: lesson.Run) -> None:
         f"{total:.0f} s in all, {len(failed)} failed, {len(left)} things left behind; "
         f"{built} images were built, and removed by --clean."
     )
+    if failed or left:
+        raise lesson.Failure(
+            f"Expected lessons that end with 0 and leave nothing behind, found "
+            f"{failed or 'none'} failed, {left or 'nothing'} left behind."
+        )
 
 
 def run_lesson(name: str, quick: bool) -> tuple[int, float, str]:

@@ -16,27 +16,18 @@ import numpy as np
 
 from course import lesson
 from course.show import Cell, Table
-from local_cloud.scaling import theory, traffic, trials
+from local_cloud.scaling import day, theory, traffic
+from local_cloud.scaling.planning import cost_per_1000
 from local_cloud.scaling.policies import Picker
 from local_cloud.scaling.simulator import Fleet, Trace, simulate
 from local_cloud.scaling.traffic import Floats
-from scaling_strategies import (
-    DAY_S,
-    MEAN_S,
-    PICKERS,
-    REPLICAS,
-    RHO,
-    SCALERS,
-    SEED,
-    cost_per_1000,
-    known_s,
-    live_through,
-)
+from scaling_strategies import DAY_S, FLEET, PICKERS, SCALERS, SEED, live_through
 from tests.benchmarks import AFTER_LESSONS
 
 REQUESTS, QUICK_REQUESTS = 4_000_000, 600_000
 BAR = 100_000  # requests simulated a second
 BATCHES = 30
+REPLICAS, RHO, MEAN_S = FLEET.replicas, FLEET.rho, FLEET.mean_s
 
 
 def timed(
@@ -60,7 +51,7 @@ def balancing(run: lesson.Run) -> None:
         for name, make in PICKERS.items():
             trace, speeds[name] = timed(load, Fleet(REPLICAS), make())
             trace = trace.after(requests // 3)
-            mean, formula = 1000 * trace.mean_s, known_s()[name]
+            mean, formula = 1000 * trace.mean_s, FLEET.known_s()[name]
             known = formula and 1000 * formula
             off = 100 * (mean / known - 1) if known else None
             p95, p99 = (1000 * trace.quantile(share) for share in (0.95, 0.99))
@@ -167,7 +158,7 @@ def lru(popularity: Floats, size: int, requests: int) -> float:
 
 def autoscaling(run: lesson.Run) -> None:
     """The lesson's day, to fixed fleets and to the three autoscalers."""
-    arrivals = trials.a_day(np.random.default_rng(SEED), DAY_S)
+    arrivals = day.arrivals(SEED, DAY_S)
     rows: list[list[Cell]] = []
     with run.progress("autoscaling", len(SCALERS)) as advance:
         for name in SCALERS:

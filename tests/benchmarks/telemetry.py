@@ -3,7 +3,8 @@
 Three questions. What does a request cost that does nothing but be watched, with no
 traces, with one of ten kept, with all kept? How long is a scrape after real traffic?
 And does an instrumented API answer as many requests as a bare one? For the last, two
-apps share one model in one process and take turns, so that a slow minute hits both.
+apps share one model in one process and take turns, so that a slow minute hits both. It
+ends with 1 where a figure is beyond its bar.
 
 CPU time is that of the whole process, the thread that exports spans included.
 
@@ -35,11 +36,13 @@ from serving import trials
 from serving.metrics import Metrics
 from serving.settings import Settings
 from tests.benchmarks import AFTER_LESSONS
+from tests.benchmarks.bars import Bars
 
 METRICS_US, STACK_US, SHARE, SCRAPE_MS, THROUGHPUT = 6.0, 150.0, 0.001, 5.0, 0.01
 REQUESTS = 500  # of one turn
 CLIENTS, EACH, TOKENS = 8, 3, 32  # of one turn of real requests
 ROUNDS, QUICK_ROUNDS = 15, 5
+BARS = Bars()
 OPEN = {"ttft_target_ms": 60_000, "requests_per_minute": 0, "tokens_per_minute": 0}
 
 
@@ -72,6 +75,7 @@ class Unmetered(Metrics):
     """Metrics that count nothing: what they cost shall be in the difference."""
 
     def finished(self, *_: Any) -> None: ...
+    def first(self, *_: Any) -> None: ...
     def generated(self, **_: Any) -> None: ...
 
 
@@ -107,6 +111,9 @@ def a_request(run: lesson.Run) -> None:
         rows.append([name, added.median, added.spread, share, added.n])
     columns = ["", ("added", "µs"), ("spread", "µs"), ("of a request", "% CPU"), "n"]
     run.table(Table(f"One request; a real one takes {cpu_s:.2f} s CPU", columns, rows))
+    BARS.most("metrics", rows[0][1], METRICS_US, "µs")
+    BARS.most("the whole stack", rows[1][1], STACK_US, "µs")
+    BARS.most("its share of a request's CPU", rows[1][3], 100 * SHARE, "%")
     told = [f"{row[1]:.1f} µs" for row in rows]
     run.conclude(
         f"Metrics {told[0]} (bar: {METRICS_US:g}); the stack {told[1]} (bar: "
@@ -157,6 +164,7 @@ def a_scrape(run: lesson.Run) -> None:
     columns = ["form", ("median", "ms CPU"), ("p99", "ms CPU"), ("size", "kB"), "n"]
     run.table(Table("A scrape, with its HTTP", columns, rows))
     worst = max(row[1] for row in rows)
+    BARS.most("a scrape", worst, SCRAPE_MS, "ms")
     run.conclude(f"A scrape takes {worst:.1f} ms (bar: {SCRAPE_MS:g}).")
 
 
@@ -180,6 +188,7 @@ def throughput(run: lesson.Run) -> None:
     rows.append(["bare", pair.b.median, pair.b.spread, pair.b.n])
     columns = ["API", ("throughput", "tokens/s"), ("spread", "tokens/s"), "rounds"]
     run.table(Table(f"{CLIENTS} clients, answers of {TOKENS} tokens", columns, rows))
+    BARS.most("watched and bare, apart", abs(told.value - 1), THROUGHPUT)
     between = "" if told.low is None else f", 95 %: {told.low:.4f} to {told.high:.4f}"
     run.conclude(
         f"Watched over bare: {told.value:.4f}{between} (bar: within {THROUGHPUT:.0%})."
@@ -207,7 +216,10 @@ SECTIONS = [
 
 def main(argv: list[str] | None = None) -> int:
     """Measure all three and print the tables."""
-    return lesson.run(doc=__doc__, sections=SECTIONS, argv=argv, number=AFTER_LESSONS)
+    BARS.missed.clear()
+    return BARS.code(
+        lesson.run(doc=__doc__, sections=SECTIONS, argv=argv, number=AFTER_LESSONS)
+    )
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import fnmatch
 import hashlib
 import json
 import math
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,14 @@ def parsed(submission: Submission) -> tuple[Call, dockerfile.Dockerfile]:
 
 
 def audited(submission: Submission, *names: str) -> None:
-    """Claims that these checks of the course's own audit find nothing."""
+    """Claims that these checks of the course's own audit find nothing.
+
+    Whatever is not there breaks no rule, so first something must be there.
+    """
     found, file = parsed(submission)
+    because, got = "without them there is nothing to judge", "none"
+    packed = file.inside(None, "COPY", "ADD") and file.inside(None, "CMD", "ENTRYPOINT")
+    found.must(packed, "a COPY and a CMD, or an ENTRYPOINT, that run", because, got)
     ignore = "*"  # what the ignore file does is checked apart
     for finding in dockerfile.audit(file, None, ignore):
         if finding.check in names:
@@ -82,6 +89,11 @@ def check_has_a_healthcheck(submission: Submission) -> None:
 @points(2, hint="Copy the lock alone, install, and copy the code after that.")
 def check_packages_before_code(submission: Submission) -> None:
     """Packages come before code, from a lock with hashes, and leave no cache."""
+    found, file = parsed(submission)
+    steps = " ".join(step.rest for step in file.everywhere("RUN"))
+    because = "the API imports packages that no base brings along"
+    installs = re.search(r"\bpip\d? .*\b(install|sync)\b", steps)
+    found.must(installs, "a RUN that installs packages", because, got="none")
     names = ("packages before code", "packages by hash", "pip keeps no cache")
     audited(submission, *names)
 
@@ -90,6 +102,10 @@ def check_packages_before_code(submission: Submission) -> None:
 def check_runs_without_build_tools(submission: Submission) -> None:
     """The stage that runs installs nothing, and every COPY names what it takes."""
     audited(submission, "the image that runs builds nothing", "copies what it names")
+    found, file = parsed(submission)
+    taken = [step for step in file.inside(None, "COPY") if of_stage(step)]
+    because = "packages and model are made in a stage whose tools nobody runs"
+    found.must(taken, "a COPY --from of another stage", because, got="none")
 
 
 @points(1, hint="Nothing can be compiled on a read-only root: when else can it?")
@@ -111,6 +127,11 @@ def check_builds_anywhere_tomorrow(submission: Submission) -> None:
     )
 
 
+def of_stage(step: dockerfile.Instruction) -> bool:
+    """Whether it copies from another stage, and not from the build's folder."""
+    return any(flag.startswith("--from") for flag in step.flags)
+
+
 # -- 1b by its effect
 
 
@@ -122,6 +143,8 @@ FORBIDDEN = (
     "models/__pycache__/engine.cpython-311.pyc",
     "notes-of-tomorrow/customers.csv",
 )
+EVERYTHING = {".", ""}  # sources that mean the whole folder
+NOT_COPIED = {"build", "__pycache__"}  # made here; the ignore file keeps them out
 
 
 def let_in(submission: Submission, folder: Path) -> tuple[Call, set[str]]:
@@ -139,7 +162,7 @@ def copied(file: dockerfile.Dockerfile) -> list[str]:
     """The sources of all COPY and ADD that read the build's folder."""
     sources: list[str] = []
     for step in file.everywhere("COPY", "ADD"):
-        if not any(flag.startswith("--from") for flag in step.flags):
+        if not of_stage(step):
             words = json.loads(step.rest) if step.exec_form else step.rest.split()
             sources += words[:-1]
     return [source.removeprefix("./").rstrip("/") for source in sources]
@@ -147,9 +170,15 @@ def copied(file: dockerfile.Dockerfile) -> list[str]:
 
 def sources(folder: Path) -> Iterator[Path]:
     """The files of the repository that an image of the API may be made of."""
-    for name in ("course", "models", "serving", "deploy"):
-        yield from (path for path in (folder / name).rglob("*") if path.is_file())
-    yield from (path for path in folder.glob("*") if path.is_file())
+    top = (path for path in folder.glob("*") if path.is_file())
+    below = (
+        path
+        for name in ("course", "models", "serving", "deploy")
+        for path in (folder / name).rglob("*")
+        if path.is_file()
+        and not NOT_COPIED.intersection(path.relative_to(folder).parts)
+    )
+    yield from (path for path in (*top, *below) if not path.name.startswith("."))
 
 
 @points(2, hint="A list of what is forbidden never knows of tomorrow's folder.")
@@ -170,16 +199,33 @@ def check_ignore_lets_in(submission: Submission) -> None:
     """All that the Dockerfile copies may enter the build."""
     _, file = parsed(submission)
     found, entered = let_in(submission, ROOT)
-    for source in copied(file):
-        here = [str(path.relative_to(ROOT)) for path in sources(ROOT)]
-        matching = [
-            name
-            for name in here
-            if fnmatch.fnmatch(name, source) or name.startswith(f"{source}/")
-        ]
+    here = [path.relative_to(ROOT).as_posix() for path in sources(ROOT)]
+    wanted = {source: matching(source, here) for source in copied(file)}
+    because = "an image of the API is made of this repository"
+    taken = any(wanted.values()) and entered.intersection(here)
+    found.must(taken, "a file to be copied and to get in", because, got="none")
+    for source, names in wanted.items():
         because = f"the Dockerfile copies {source}"
-        ok = not matching or entered.intersection(matching)
-        found.must(ok, f"{source} to get in", because, got="nothing of it")
+        optional = "*" in source  # of what may be there
+        found.must(names or optional, f"a file {source}", because, got="none here")
+        missing = sorted(names - entered)
+        # "COPY ." takes what gets in, whatever that is.
+        whole = not missing or source in EVERYTHING
+        expected, got = f"all of {source} to get in", f"a build without {missing}"
+        found.must(whole, expected, because, got=got)
+
+
+def matching(source: str, here: Iterable[str]) -> set[str]:
+    """What a COPY needs: the files that it names, of a folder its Python files."""
+    if source in EVERYTHING:
+        return set(here)
+    depth = source.count("/") + 1
+    return {
+        name
+        for name in here
+        if fnmatch.fnmatch("/".join(name.split("/")[:depth]), source)
+        and (name.count("/") < depth or name.endswith(".py"))
+    }
 
 
 # -- 2: limits by arithmetic
@@ -340,8 +386,8 @@ def image_of(built: Built) -> Any:
     slow=True,
     limit_s=560,
 )
-def check_beats_the_naive_image(built: Built) -> None:
-    """It has at most 75 % of the naive image's size."""
+def check_beats_the_naive_image(running: Container, built: Built) -> None:
+    """It serves, and has at most 75 % of the naive image's size."""
     image = image_of(built)
     if not built.docker.has("model-api:naive"):
         built.docker.build("model-api:naive", dockerfile="deploy/naive.Dockerfile")

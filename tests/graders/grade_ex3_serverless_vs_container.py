@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -132,6 +133,7 @@ def check_each_call_is_billed(submission: Submission) -> None:
 
 KEEP_ALIVE_S = 2.0
 PAUSE = 0.8  # times what the slowest call took: so a busy machine is waited for
+START_S = 30.0  # within which two threads meet
 TOKEN = {"prompt": "Name a colour.", "max_tokens": 1}
 
 
@@ -164,18 +166,19 @@ def measured(submission: Submission) -> Measured:
         cloud.deploy(function)
         begin, slowest_s = time.perf_counter(), 0.0
 
-        def call(_: int) -> None:
+        def call(together: Barrier) -> None:
+            together.wait(START_S)
             at = time.perf_counter() - begin
             log.append((at, cold_starts.call(cloud, function.name, TOKEN)))
 
         for at_once in (1, 1, 2):
-            list(pool.map(call, range(at_once)))
+            list(pool.map(call, [Barrier(at_once)] * at_once))
             slowest_s = max(each.total_ms for _, each in log) / 1000
             time.sleep(min(PAUSE * slowest_s, KEEP_ALIVE_S / 2))  # the callers' own
         gone = f"the sandboxes of {function.name} to end"
         process.wait_until(lambda: not cloud.sandboxes(function.name), 30.0, gone)
         time.sleep(slowest_s)  # gone, too, where each call takes what is typical
-        call(0)
+        call(Barrier(1))
     log.sort(key=lambda pair: pair[0])
     kept = ((c.total_ms, c.ready_ms, c.billed_ms, c.cold) for _, c in log)
     return Measured([at for at, _ in log], calls_of(submission, *kept))

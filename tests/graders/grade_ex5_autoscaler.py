@@ -252,9 +252,19 @@ def must_keep(trace: Trace, service: Service, name: str) -> None:
     )
 
 
+def must_follow(runs: Runs, name: str) -> None:
+    """Claims that a load which changes fivefold moves the fleet, too."""
+    sizes = [tick.desired for tick in runs(name).ticks]
+    least, most = min(sizes), max(sizes)
+    because = "the load changes fivefold; a fleet that never does is paid for nothing"
+    call, got = Call(f"autoscaler(...) on {name}", sizes), f"from {least} to {most}"
+    call.must(2 * least <= most, "its largest fleet twice its smallest", because, got)
+
+
 @points(2, hint="python -m exercises.ex5_autoscaler shows both shapes, beside the HPA.")
 def check_keeps_the_promise_on_known_shapes(runs: Runs) -> None:
     """The ramp and the wave of exercises/load_shapes.py are served in time."""
+    must_follow(runs, "ramp")
     for name in KNOWN:
         must_keep(runs(name), SERVICE, name)
 
@@ -262,6 +272,7 @@ def check_keeps_the_promise_on_known_shapes(runs: Runs) -> None:
 @points(3, hint="What would it do if load doubled at once?", slow=True, limit_s=LIMIT_S)
 def check_keeps_the_promise_on_hidden_shapes(runs: Runs) -> None:
     """Shapes that nobody showed it are served in time, too."""
+    must_follow(runs, "falling load")
     for name, (_, service) in HIDDEN.items():
         must_keep(runs(name), service, name)
 
@@ -291,7 +302,7 @@ def check_costs_little_more_than_hindsight(runs: Runs) -> None:
     )
 
 
-@points(1, hint="It pays five minutes for each peak; for how long must you?", slow=True)
+@points(2, hint="It pays five minutes for each peak; for how long must you?", slow=True)
 def check_costs_less_than_the_hpa(runs: Runs) -> None:
     """All shapes cost at most 0.9 times what the lesson's HPA takes for them."""
 
@@ -302,9 +313,10 @@ def check_costs_less_than_the_hpa(runs: Runs) -> None:
     must_cost(runs, OF_HPA, "the lesson's HPA", by_hpa)
 
 
-@points(3, hint="Look further back before you give a replica away.", slow=True)
+@points(2, hint="Look further back before you give a replica away.", slow=True)
 def check_does_not_flap(runs: Runs) -> None:
-    """Noise of five percent does not set the fleet swinging."""
+    """Noise of five percent does not set the fleet swinging; a real change moves it."""
+    must_follow(runs, "falling load")
     turned = load_shapes.turns(runs("noise"))
     because = "the load stays within 5 %, and every turn starts a replica for nothing"
     call = Call("autoscaler(...) on noise", turned)

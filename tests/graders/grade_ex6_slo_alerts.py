@@ -186,7 +186,11 @@ def check_rules_open_tickets(submission: Submission) -> None:
 
 @points(2, hint="The short window alone says that it goes on, not that it matters.")
 def check_rules_stay_silent_on_a_blip(submission: Submission) -> None:
-    """Eight bad minutes, or a burn just within the budget, are nobody's business."""
+    """A fault pages; eight bad minutes, or a burn within the budget, do not."""
+    fault = [Phase(420, 1000), Phase(30, 1000, 0.6)]
+    found = watched(submission, SCANS, history(SCANS, fault), 420, range(25, 31))
+    because = "who is silent whatever happens is no help: 60 % failed for half an hour"
+    found.call.must(fires(found.minutes[30], "page"), "a page", because, got="none")
     blip = [Phase(1440, 1000), Phase(8, 1000, 1.0), Phase(30, 1000)]
     found = watched(submission, SCANS, history(SCANS, blip), 1440)
     because = "eight minutes without answers are 13 % of an hour, and 16.8 % are due"

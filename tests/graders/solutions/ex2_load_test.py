@@ -133,21 +133,23 @@ async def find_bottleneck(
     Checked, on servers with different faults:
     - the route is named, also where another one is slower at any rate, but steadily so;
     - and also where the route that breaks answers fast: by refusing;
-    - `sustained_per_s` is a rate that the route still bore, and from 0.3 to 1.5 times
-      what it can do at most (measured in the same run).
+    - `sustained_per_s` is a rate that the route still bore: on two of these servers,
+      from 0.3 to 1.5 times what its pool of connections can do at most.
     """
     # TODO(2b): compare each route with itself, at a low and at a high rate.
     # BEGIN SOLUTION
-    worst, route = -1.0, routes[0]
+    worst, route, calm = -1.0, routes[0], 0.0
     for each in routes:
-        calm, loaded = [await _pain(ask, each, rate) for rate in (10.0, 100.0)]
-        if loaded / calm > worst:
-            worst, route = loaded / calm, each
-    sustained, calm = 10.0, await _pain(ask, route, 10.0)
+        low, high = [await _pain(ask, each, rate) for rate in (10.0, 100.0)]
+        if high / low > worst:
+            worst, route, calm = high / low, each, low
+    # All that follows twice: what stood still for a moment may have been this machine.
+    sustained, calm = 10.0, min(calm, await _pain(ask, route, 10.0))
     for rate in (20.0, 30.0, 45.0, 65.0):
-        if await _pain(ask, route, rate) > 4 * calm:
+        if await _pain(ask, route, rate) <= 4 * calm:
+            sustained = rate
+        elif await _pain(ask, route, rate) > 4 * calm:
             break
-        sustained = rate
     return Bottleneck(route, sustained)
     # END SOLUTION
 

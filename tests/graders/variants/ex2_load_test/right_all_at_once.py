@@ -20,7 +20,7 @@ async def find_bottleneck(ask, routes):
     loaded = await asyncio.gather(*(pain(route, 100.0) for route in routes))
     worse = [b / a for a, b in zip(calm, loaded, strict=True)]
     route = routes[worse.index(max(worse))]
-    low, high = 15.0, 100.0
+    low, high = 22.0, 100.0
     for _ in range(3):
         middle = (low * high) ** 0.5
         if await pain(route, middle) < 0.07:

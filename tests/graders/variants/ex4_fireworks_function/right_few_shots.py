@@ -29,7 +29,7 @@ def request(note, whole=request):
 
 
 def entry(note, ask, sleep):
-    asked, left_s, next_s = request(note), PATIENCE_S, 1.5
+    asked, left_s, next_s = request(note), PATIENCE_S, 4.0
     while True:
         reply = ask(MODEL, asked)
         if reply.status not in (429, 503):
@@ -37,7 +37,7 @@ def entry(note, ask, sleep):
         wait_s = reply.retry_after_s
         if wait_s is None:
             wait_s = next_s * random.uniform(1.0, 1.2)
-            next_s = 2 * wait_s
+            next_s = 3 * wait_s
         left_s -= wait_s
         if left_s < 0:
             break
