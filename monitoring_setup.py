@@ -386,7 +386,7 @@ def rule_tests() -> list[RuleTest]:
 # The demonstration makes an hour half a minute, so that alerts also end within sight.
 DEMO_SCALE = 120.0
 DEMO_HISTORY_S = 6.0  # of good traffic before anything breaks
-DEMO_SHARE = 0.3  # of requests that fail; if all did, it would be found at once
+DEMO_SHARE = 0.4  # of requests that fail; if all did, it would be found at once
 
 
 def due_s(share_of_errors: float, history_s: float) -> float:

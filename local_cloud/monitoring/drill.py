@@ -262,8 +262,9 @@ def rehearse(plan: Plan, ratio: str, budget: float) -> Rehearsal:
         ]
         outcomes = run(ground, faults, plan.history_s)
         curves = burn_curves(ground, outcomes, ratio, budget)
-        told = [n for n in ground.notifications if n.job == "errors"]
-    page = next((n.summary for n in told if n.alert == faults[0].alert), "")
+        heard = ground.notifications
+    own = (n for n in heard if (n.alert, n.job, n.severity) == faults[0].key)
+    page = next((n.summary for n in own), "")
     return Rehearsal(outcomes, curves, type(ground.watch).__name__, page)
 
 
