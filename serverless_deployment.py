@@ -232,7 +232,7 @@ def demo_cold_starts(run: Run) -> None:
 
     from local_cloud.functions import cold_starts, trials
 
-    cloud, turns = trials.platform(run), 2 if run.quick else 4
+    cloud, turns = trials.platform(run), 2 if run.quick else 3
     with run.progress("taking cold starts apart", total=2) as advance:
         ways = {"naive": {}, "tuned": ENVIRONMENT}
         starts = cold_starts.compositions(ways, repeats=turns, on_each=advance)
