@@ -198,7 +198,7 @@ with Queue(sys.argv[1]) as queue:
 def test_several_processes_make_one_file(tmp_path: Path):
     code = (
         "import sys; from local_cloud.functions.queue import Queue; "
-        "[Queue(f'{sys.argv[1]}/{n}').send('x') for n in range(20)]"
+        "[Queue(f'{sys.argv[1]}/{n}').send('x') for n in range(60)]"
     )
     argv = [sys.executable, "-c", code, str(tmp_path)]
     many = [subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(4)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -119,7 +120,25 @@ def _prepare(db: sqlite3.Connection, path: Path, form: Format) -> None:
                 db.execute(f"PRAGMA user_version = {form.version}")
             elif marks != (form.application, form.version):
                 raise form.error(_foreign(path, form, *marks))
-    db.execute("PRAGMA journal_mode = WAL")
+    _write_ahead(db)
+
+
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Lets readers and a writer go on at the same time; waits for who does the same.
+
+    SQLite's own timeout does not hold here: a reader who wants the file for itself is
+    refused at once while another one reads.
+    """
+    end = time.monotonic() + BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not busy or time.monotonic() > end:
+                raise
+            time.sleep(0.01)
 
 
 def _marks(db: sqlite3.Connection) -> tuple[int, int]:
