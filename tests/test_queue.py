@@ -204,7 +204,7 @@ def test_several_processes_make_one_file(tmp_path: Path):
     many = [subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(4)]
     errors = [process.communicate(timeout=DEADLINE_S)[1].decode() for process in many]
     assert errors == [""] * 4
-    for n in range(20):
+    for n in range(60):
         with Queue(tmp_path / str(n)) as queue:
             assert queue.counts().total == 4
 
