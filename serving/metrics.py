@@ -157,8 +157,8 @@ class Metrics:
         Prometheus says that it can. Whoever asks for nothing gets the older text.
         """
         if "application/openmetrics-text" in accept:
-            # All names here are plain, so these are the same bytes as by default, without
-            # a look at every letter of every name: that would be half of a scrape.
+            # All names are plain, so these are the same bytes as by default, without a
+            # look at every letter of every name: that would be half of a scrape.
             told = openmetrics.generate_latest(self.registry, openmetrics.ALLOWUTF8)
             return told, OPENMETRICS_TYPE
         return generate_latest(self.registry), CONTENT_TYPE
