@@ -16,12 +16,11 @@ from urllib.parse import urlsplit
 import pytest
 
 from course import process
-from local_cloud.functions import Function, Platform, Report, invoke_url
+from local_cloud.functions import Function, Platform, Report, invoke_url, trials
 from local_cloud.functions.sandbox import ARN
 
-boto3 = pytest.importorskip("boto3", reason="pip install -r requirements.txt")
-from botocore.config import Config  # noqa: E402
-from botocore.exceptions import ClientError  # noqa: E402
+pytest.importorskip("boto3", reason="pip install -r requirements.txt")
+from botocore.exceptions import ClientError
 
 DEADLINE_S = 60
 HANDLERS = """
@@ -57,16 +56,8 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
             cloud.deploy(Function(name, f"handlers.{name}", Path(code)))
         settings = {"reserved": 1, "timeout_s": DEADLINE_S}
         cloud.deploy(Function("narrow", "handlers.waits", Path(code), **settings))
-        client = boto3.client(
-            "lambda",
-            endpoint_url=url,
-            region_name="us-east-1",
-            aws_access_key_id="none",
-            aws_secret_access_key="none",
-            config=Config(retries={"max_attempts": 0}, proxies={}),
-        )
-        yield SimpleNamespace(client=client, cloud=cloud)
-        client.close()
+        with closing(trials.lambda_client(url)) as client:
+            yield SimpleNamespace(client=client, cloud=cloud)
 
 
 def refused(aws: SimpleNamespace, **request: Any) -> ClientError:
